@@ -1,0 +1,278 @@
+"""The engine: attaches training forms to a model, and runs the step cycle on every optimizer that holds their weights."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+from lightning_sop.reparam.form import TiedForm, TrainingForm, child_name
+from lightning_sop.reparam.select import Plan
+from lightning_sop.reparam.stepping import StepCycle
+
+FORMAT = 1
+_live: weakref.WeakSet[Engine] = weakref.WeakSet()
+_discovery: RemovableHandle | None = None
+
+
+class Engine:
+    """Trains the weights that a plan selects through their training forms.
+
+    Life: :meth:`attach` (forms in place, nothing built), :meth:`start` (φ is built around the weights that an optimizer
+    holds, first mix drawn), then the optimizers' steps do the rest; :meth:`mix_in` and :meth:`mean_in` say which weight the
+    layers hold; :meth:`release` leaves the collapsed weights, :meth:`detach` the plain model.
+
+    Args:
+        model: the module whose weights the plan names.
+        plan: what to convert, from :func:`lightning_sop.reparam.select.make_plan`.
+        seed: of this engine's own random generator; no other random state is ever touched.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, seed: int) -> None:
+        self.plan = plan
+        self.generator = torch.Generator().manual_seed(seed)
+        self.progress = 0.0
+        self.near = False  # build around weights that were trained already
+        self.forms: dict[str, TrainingForm] = {}
+        self._children: list[tuple[nn.Module, str, nn.Module]] = []
+        self._cycles: list[StepCycle] = []
+        self._loaded_moments: list[Mapping[str, Any]] = []
+        self.optimizers: list[Optimizer] = []
+        self.attached = False
+        for row, method in plan.converted:
+            seed = int(torch.randint(2**62, (), generator=self.generator))
+            path, name = row.owner
+            owner = model.get_submodule(path)
+            form = self.forms[row.name] = TrainingForm(owner, name, method, row.site, seed)
+            self._children.append((owner, child_name(name), form))
+            for path, alias in row.aliases:
+                other = model.get_submodule(path)
+                if (other, alias) != (owner, name):  # another name may lead to the same layer
+                    self._children.append((other, child_name(alias), TiedForm(form, alias)))
+
+    # ------------------------------------------------------------------ on the model
+
+    def attach(self) -> None:
+        """Put the forms into their layers and listen to optimizers from now on."""
+        for owner, name, child in self._children:
+            owner.add_module(name, child)
+        for form in self.forms.values():
+            form.live = True
+        self.attached = True
+        _live.add(self)
+        _listen()
+
+    def release(self) -> None:
+        """Leave the collapsed weights; from now on weights are what anybody makes them."""
+        for cycle in self._cycles:
+            cycle.abort()
+        self.mean_in()
+        for form in self.forms.values():
+            form.live = False
+        for cycle in self._cycles:
+            cycle.remove()
+        _live.discard(self)
+        _listen()
+
+    def detach(self) -> None:
+        """Release, and take the forms out of the model; the engine keeps them for a later :meth:`attach`."""
+        self.release()
+        for owner, name, child in self._children:
+            if owner._modules.get(name) is child:
+                del owner._modules[name]
+        for form in self.forms.values():
+            form.cpu()
+        self.attached = False
+
+    # ------------------------------------------------------------------ training
+
+    def start(self, optimizers: Iterable[Optimizer]) -> None:
+        """Build φ for every weight that these optimizers hold; call it again when they hold more (unfreezing)."""
+        self.optimizers = list(optimizers)
+        known = [cycle for cycle in self._cycles if cycle.optimizer in self.optimizers or cycle.installed]
+        self._cycles = known
+        for index, optimizer in enumerate(self.optimizers):
+            if not getattr(type(optimizer).step, "hooked", False):
+                raise TypeError(
+                    f"{type(optimizer).__name__}.step does not run torch's optimizer step hooks, through which weights in "
+                    "training form are updated. Its class must call torch.optim.Optimizer.__init__."
+                )
+            held = self.held_by(optimizer)
+            self.build(held)
+            if held:
+                cycle = self.cycle_of(optimizer)
+                if index < len(self._loaded_moments):
+                    _set_moments(cycle, self._loaded_moments[index])
+        self._loaded_moments = []
+
+    def build(self, forms: Iterable[TrainingForm]) -> None:
+        """Build the forms that are not yet, and draw their first mix; the weights stay collapsed until :meth:`mix_in`."""
+        new = [form for form in forms if not form.built]
+        for form in new:
+            form.build(near=self.near)
+            _broadcast(form.storage)
+        self.draw([form for form in forms if form.mix is None])
+
+    def draw(self, forms: Iterable[TrainingForm]) -> None:
+        """A new mix for these forms, from the engine's own generator (the same on every rank)."""
+        by_method: dict[int, list[TrainingForm]] = {}
+        for form in forms:
+            by_method.setdefault(id(form.method), []).append(form)
+        for group in by_method.values():
+            sites = [form.site for form in group]
+            mixes = group[0].method.draw(sites, self.generator, self.progress)
+            for form, mix in zip(group, mixes, strict=True):
+                form.mix = mix
+
+    def mix_in(self) -> None:
+        """Mixed weights in every layer that is trained: before a training forward."""
+        for form in self.forms.values():
+            form.mix_in()
+
+    def mean_in(self) -> None:
+        """Collapsed weights in every layer: for evaluation, averaging, saving."""
+        for form in self.forms.values():
+            form.mean_in()
+
+    def held_by(self, optimizer: Optimizer) -> list[TrainingForm]:
+        """The forms whose weights are in the optimizer's groups, in the plan's order."""
+        ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return [form for form in self.forms.values() if id(form.weight) in ids]
+
+    def cycle_of(self, optimizer: Optimizer) -> StepCycle:
+        """The step cycle on this optimizer, made at first sight."""
+        cycle = self._known(optimizer)
+        if cycle is None:
+            cycle = StepCycle(self, optimizer)
+            self._cycles.append(cycle)
+        if self.attached:
+            cycle.install()
+        return cycle
+
+    def _known(self, optimizer: Optimizer) -> StepCycle | None:
+        return next((cycle for cycle in self._cycles if cycle.optimizer is optimizer), None)
+
+    def _catch_up(self, form: TrainingForm) -> None:
+        """φ follows the weight, also after training, while the model still has that weight."""
+        if self.attached or form.has_weight:
+            form.follow()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Spawned processes get the model and φ; optimizers and their hooks are made there.
+        return {**self.__dict__, "_cycles": [], "optimizers": []}
+
+    # ------------------------------------------------------------------ state
+
+    def collapsed_weights(self) -> dict[str, Tensor]:
+        """Every trained weight recomputed from φ in float64, under each name that the plain model has for it."""
+        weights = {}
+        for row, _ in self.plan.converted:
+            form = self.forms[row.name]
+            if form.built:
+                self._catch_up(form)
+                exact = [phi.detach().double() for phi in form.phi]
+                for name in row.names:
+                    weights[name] = form.method.collapse(exact, form.site).detach()
+        return weights
+
+    def state_dict(self) -> dict[str, Any]:
+        """Versioned plain data: φ and mix of every built form, φ's moments by optimizer, the generator."""
+        forms = {}
+        for name, form in self.forms.items():
+            if form.built:
+                self._catch_up(form)
+                forms[name] = {
+                    "names": list(self.plan.row(name).names),
+                    "method": type(form.method).__name__,
+                    "settings": form.method.settings,
+                    "shape": list(form.site.shape),
+                    "out_axis": form.site.out_axis,
+                    "storage": [tensor.detach() for tensor in form.storage],
+                    "mix": form.mix,
+                }
+        known = [self._known(optimizer) for optimizer in self.optimizers]
+        moments = [{} if cycle is None else dict(cycle.moments) for cycle in known]
+        return {"format": FORMAT, "generator": self.generator.get_state(), "forms": forms, "moments": moments}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from :meth:`state_dict`; the weights of the same checkpoint must be loaded already.
+
+        Raises:
+            ValueError: the state is of another method, factor, model or format; the message names the parameter.
+        """
+        _check(state, self.forms)
+        self.generator.set_state(state["generator"].cpu())
+        for name, form in self.forms.items():
+            saved = state["forms"].get(name)
+            if saved is None:
+                form.mean_in()
+                form.discard()
+            else:
+                form.load(saved["storage"], saved["mix"])
+        self._loaded_moments = list(state["moments"])
+        for optimizer, moments in zip(self.optimizers, self._loaded_moments, strict=False):
+            if self.held_by(optimizer):
+                _set_moments(self.cycle_of(optimizer), moments)
+
+
+def live_engines() -> list[Engine]:
+    """The engines that are training at present."""
+    return list(_live)
+
+
+def _set_moments(cycle: StepCycle, moments: Mapping[str, Any]) -> None:
+    cycle.moments = {name: [dict(state) for state in states] for name, states in moments.items()}
+    cycle.loaded = set(cycle.moments)
+
+
+def _check(state: Mapping[str, Any], forms: Mapping[str, TrainingForm]) -> None:
+    """Refuse a state that was not saved by a run like this one."""
+    if state.get("format") != FORMAT:
+        raise ValueError(
+            f"The checkpoint's SimulatedOverparam state has format {state.get('format')!r}; this version reads {FORMAT}. "
+            "Resume with the version of lightning_sop that wrote it, or start from its weights alone."
+        )
+    for name, saved in state["forms"].items():
+        if name not in forms:
+            raise ValueError(
+                f"The checkpoint trains '{name}' in a larger form, which this run does not convert. Resume with the same "
+                "model, include, exclude, layers and rules, or start a new run from the checkpoint's weights."
+            )
+        form = forms[name]
+        ours = (type(form.method).__name__, form.method.settings, list(form.site.shape))
+        theirs = (saved["method"], saved["settings"], list(saved["shape"]))
+        if ours != theirs:
+            raise ValueError(
+                f"The checkpoint trains '{name}' as {theirs[0]} {theirs[1]} of shape {theirs[2]}, this run as {ours[0]} "
+                f"{ours[1]} of shape {ours[2]}. Resume with the checkpoint's settings, or start a new run from its weights."
+            )
+
+
+def _broadcast(tensors: Iterable[Tensor]) -> None:
+    """Rank 0's φ everywhere: a rank whose weights differ at build would otherwise diverge in silence."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for tensor in tensors:
+            torch.distributed.broadcast(tensor, 0)
+
+
+def _discover(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Before any optimizer's step: hook the optimizers that hold weights in training form, also ones nested in others."""
+    for engine in live_engines():
+        if engine.held_by(optimizer):
+            engine.cycle_of(optimizer).innermost()
+
+
+def _listen() -> None:
+    """The process-wide hook exists exactly while an engine is live."""
+    global _discovery
+    if _live and _discovery is None:
+        _discovery = register_optimizer_step_pre_hook(_discover)
+    elif not _live and _discovery is not None:
+        _discovery.remove()
+        _discovery = None

@@ -1,0 +1,330 @@
+"""The training form of one weight: φ beside the layer's own parameter, unseen by ``parameters()`` and ``state_dict()``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sop.reparam.base import Method, Site
+
+
+class TrainingForm(nn.Module):
+    """A child of a layer that holds the tensors φ through which one of the layer's weights is trained.
+
+    The layer keeps its weight; this form writes it: the *mixed* weight for a training forward, the *collapsed* one for
+    everything else. It is a module so that ``print(model)`` shows it and so that it hears of ``train()``, ``eval()``, device
+    moves, copies and saving like any other part of the model. φ stays out of the registries of parameters and buffers.
+
+    Before :meth:`build` the form holds nothing and the weight is an ordinary one.
+    """
+
+    live: bool  # an engine trains through this form (never true of a copy)
+    mixed: bool  # what the weight holds now: the mix, or the collapsed weight
+    mix: Tensor | None  # the mix of the current step
+    storage: list[Tensor]  # the memory of φ
+    phi: list[nn.Parameter]  # φ as the optimizer sees it: views of storage
+    _owner: nn.Module
+    _gradients: list[Tensor]
+    _written: Tensor | None  # what was last written into the weight, to notice writes by others
+    _written_version: int
+    _version_guard: tuple[Any, int] | None
+
+    def __init__(self, owner: nn.Module, name: str, method: Method, site: Site, seed: int) -> None:
+        self.__dict__["live"] = False
+        super().__init__()
+        self.__dict__["_owner"] = owner  # not registered: the owner is the parent
+        self._name = name
+        self.method = method
+        self.site = site
+        self.seed = seed
+        self.training = owner.training
+        self.discard()
+
+    # ------------------------------------------------------------------ what it stands for
+
+    @property
+    def built(self) -> bool:
+        """Whether φ exists; until then the weight is an ordinary one."""
+        return bool(self.phi)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The layer's own parameter, looked up each time (a module may be given a new one)."""
+        weight = self._owner._parameters.get(self._name)
+        if weight is None:
+            raise RuntimeError(
+                f"{self.site.name} is no longer a parameter of its layer (pruned, parametrized or deleted after "
+                f"SimulatedOverparam was attached). Do that before training starts, or exclude '{self.site.name}'."
+            )
+        return weight
+
+    @property
+    def has_weight(self) -> bool:
+        """Whether the layer still has the parameter."""
+        return self._owner._parameters.get(self._name) is not None
+
+    def extra_repr(self) -> str:
+        shape = tuple(self.site.shape)
+        return f"{self._name} {shape} <- " + (" + ".join(str(tuple(t.shape)) for t in self.storage) or "not built yet")
+
+    def _get_name(self) -> str:
+        return type(self.method).__name__
+
+    # ------------------------------------------------------------------ φ
+
+    @torch.no_grad()
+    def build(self, *, near: bool = False) -> None:
+        """Make φ around the weight as it is now; ``near`` keeps φ close to it (a weight that was trained already)."""
+        generator = torch.Generator().manual_seed(self.seed)
+        self.set_storage(self.method.build(self.weight.detach(), self.site, generator, near=near))
+        self._mark_collapsed()
+
+    def set_storage(self, storage: list[Tensor]) -> None:
+        """Take these tensors as φ's memory; the weight is not written."""
+        self.storage = storage
+        self.phi = [nn.Parameter(view) for view in self.method.parameters(storage)]
+        self._gradients = []
+
+    @torch.no_grad()
+    def load(self, storage: list[Tensor], mix: Tensor | None) -> None:
+        """Take φ from a checkpoint whose weights are in place; weights that differ from φ's own win."""
+        self.mean_in()
+        weight = self.weight
+        self.set_storage([tensor.detach().to(weight.device, weight.dtype, copy=True) for tensor in storage])
+        self.mix = mix
+        collapsed = self.collapsed()
+        # Equal up to rounding: one checkpoint, perhaps written on another device. Then φ is kept bit for bit.
+        tolerance = 8 * torch.finfo(weight.dtype).eps
+        if torch.allclose(weight, collapsed, rtol=tolerance, atol=tolerance * float(collapsed.abs().max())):
+            weight.copy_(collapsed)
+            self._mark_collapsed()
+        else:
+            self.accept_loaded()
+
+    def discard(self) -> None:
+        """Forget φ: the weight is an ordinary one again."""
+        self.storage, self.phi = [], []
+        self._gradients = []
+        self.mix = self._written = self._version_guard = None
+        self.mixed = False
+
+    @torch.no_grad()
+    def collapsed(self) -> Tensor:
+        """The deployable weight, a new tensor of the weight's dtype; the weight itself is not touched."""
+        weight = torch.empty_like(self.weight)
+        self.method.write(weight, self.phi, None, self.site)
+        return weight
+
+    # ------------------------------------------------------------------ what the weight holds
+
+    @torch.no_grad()
+    def mix_in(self) -> None:
+        """Write the mixed weight, before a training forward."""
+        if not self.built or self.mix is None or self.mixed:
+            return
+        guard, self._version_guard = self._version_guard, None
+        changed = self.follow()
+        untouched = guard is not None and not changed and guard[1] == self.weight._version
+        self.write_mix()
+        if guard is not None and untouched:
+            # The weight holds again, bit for bit, what a pending backward has saved; its version may say so too. That is
+            # what lets a training step evaluate or generate between forward and backward.
+            guard[0].__exit__()
+            self._written_version = self.weight._version
+
+    @torch.no_grad()
+    def write_mix(self) -> None:
+        """Write the mixed weight after φ or the mix have changed; nobody else has written the weight since."""
+        weight = self.weight
+        self.method.write(weight, self.phi, self.mix, self.site)
+        self._remember(weight)
+        self.mixed, self._version_guard = True, None
+
+    @torch.no_grad()
+    def mean_in(self) -> None:
+        """Write the collapsed weight, for whoever evaluates, averages or saves it."""
+        if not self.built or not self.mixed:
+            return
+        changed = self.follow()
+        weight = self.weight
+        guard = torch.autograd.grad_mode._unsafe_preserve_version_counter(weight)
+        self.method.write(weight, self.phi, None, self.site)
+        self._mark_collapsed()
+        self._version_guard = None if changed else (guard, weight._version)
+
+    @torch.no_grad()
+    def follow(self) -> bool:
+        """Give φ what others wrote into the weight since this form last did; returns whether they (may) have."""
+        if not self.built or self._written is None:
+            return False
+        weight = self.weight
+        if self._written.device != weight.device or self._written.dtype != weight.dtype:  # moved while detached
+            self.to(weight.device, weight.dtype)
+        if weight.device.type == "cpu":
+            # By value and not by version counter: writes through ``.data`` do not count as versions.
+            delta = torch.sub(weight, self._written, out=self._scratch(weight))
+            if torch.linalg.vector_norm(delta, torch.inf).item() == 0:
+                return False
+        else:  # asking whether the difference is zero would make the host wait for the accelerator at every step
+            delta = weight - self._written
+        changed = weight.device.type == "cpu" or weight._version != self._written_version
+        self.method.shift(self.phi, delta, self.site)
+        self._remember(weight)
+        return changed
+
+    def _scratch(self, weight: Tensor) -> Tensor:
+        """Memory of the weight's shape that is free between two steps: the first gradient buffer, where it fits."""
+        buffer = self.gradients()[0]
+        return buffer if buffer.shape == weight.shape else torch.empty_like(weight)
+
+    def _remember(self, weight: Tensor) -> None:
+        written = self._written
+        if written is None or written.shape != weight.shape or written.device != weight.device:
+            self._written = weight.detach().clone()
+        else:
+            written.copy_(weight)
+        self._written_version = weight._version
+
+    def _mark_collapsed(self) -> None:
+        self._remember(self.weight)
+        self.mixed, self._version_guard = False, None
+
+    @torch.no_grad()
+    def accept_loaded(self) -> None:
+        """The weight was loaded as a whole: from now on φ collapses to it."""
+        if self.built and not torch.equal(self.weight, self._written if self._written is not None else self.collapsed()):
+            self.method.shift(self.phi, self.weight - self.collapsed(), self.site)
+            self._mark_collapsed()
+
+    # ------------------------------------------------------------------ the update
+
+    def gradients(self) -> list[Tensor]:
+        """Buffers for the gradients of φ, kept between steps (fresh memory every step is slow)."""
+        if not self._gradients:
+            self._gradients = self.method.parameters([torch.zeros_like(tensor) for tensor in self.storage])
+        return self._gradients
+
+    def pull_back(self) -> None:
+        """Set the gradient of every φ from the weight's gradient (None, where the weight has none)."""
+        grad = self.weight.grad
+        if grad is None:
+            for parameter in self.phi:
+                parameter.grad = None
+            return
+        with torch.no_grad():
+            mix = self.mix if self.mixed else None
+            pulled = self.method.pull_back(self.phi, mix, grad, self.site, self.gradients())
+        for parameter, value in zip(self.phi, pulled, strict=True):
+            parameter.grad = value
+
+    # ------------------------------------------------------------------ being a module
+
+    @property
+    def training(self) -> bool:
+        return bool(self.__dict__.get("_training", True))
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        # Lightning restores train mode by setting this attribute, users call train() and eval(): both arrive here.
+        self.__dict__["_training"] = mode
+        if not mode:
+            self.mean_in()
+        elif self.live:
+            self.mix_in()
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """Adds nothing of its own; the layer's entry becomes the collapsed weight where the layer holds a mix."""
+        if destination is None:
+            destination = {}
+        key = owner_key(prefix, self._name)
+        if self.mixed and not keep_vars and key in destination:
+            self.follow()  # a write that nobody has noticed yet is part of what is saved
+            destination[key] = self.collapsed()
+        return destination
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # Called right after the layer's own tensors were loaded, and those are weights to deploy, not mixes. The mix comes
+        # back with the next training step.
+        self.accept_loaded()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrainingForm:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.built:
+            self.set_storage([fn(tensor) for tensor in self.storage])
+            if self._written is not None:
+                self._written = fn(self._written)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.update(phi=[], _gradients=[], live=False, _version_guard=None)  # phi is made again from storage
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.storage:
+            self.set_storage(self.storage)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TrainingForm:
+        twin = TrainingForm.__new__(TrainingForm)
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        weight = memo.get(id(self.weight))
+        if self.mixed and weight is not None:  # a copy is the network to deploy, whatever the original is doing
+            with torch.no_grad():
+                weight.copy_(self.collapsed())
+            twin.mixed, twin._written = False, weight.detach().clone()
+        return twin
+
+
+class TiedForm(nn.Module):
+    """Marks another layer that shares a weight in training form, so that its entry in a state_dict is collapsed too."""
+
+    def __init__(self, form: TrainingForm, name: str) -> None:
+        super().__init__()
+        self.__dict__["_form"] = form  # not registered: the form is a child of its own layer
+        self._name = name
+
+    def extra_repr(self) -> str:
+        return f"{self._name} is {self.form.site.name}"
+
+    @property
+    def form(self) -> TrainingForm:
+        """The form of the shared weight."""
+        form: TrainingForm = self.__dict__["_form"]
+        return form
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        if destination is None:
+            destination = {}
+        key = owner_key(prefix, self._name)
+        if self.form.mixed and not keep_vars and key in destination:
+            destination[key] = self.form.collapsed()
+        return destination
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.form.accept_loaded()
+
+
+def owner_key(prefix: str, name: str) -> str:
+    """The layer's key in a state_dict from its child's prefix (``"fc.weight_form."`` and ``"weight"``: ``"fc.weight"``)."""
+    layer, _, _ = prefix.removesuffix(".").rpartition(".")
+    return f"{layer}.{name}" if layer else name
+
+
+def child_name(name: str) -> str:
+    """Name under which a layer holds the form of its parameter ``name``."""
+    return f"{name}_form"
+
+
+def forms_in(module: nn.Module) -> Mapping[str, TrainingForm]:
+    """Every training form in a module, by the path of its weight in that module."""
+    found = {}
+    for path, child in module.named_modules():
+        if isinstance(child, TrainingForm):
+            found[owner_key(path + ".", child._name)] = child
+    return found

@@ -1,0 +1,192 @@
+"""Majority Kernels: k kernels per weight, randomly mixed at each step, averaged for inference (arXiv 2402.05033)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_sop.reparam.base import Method, Site
+
+Draw = Literal["uniform", "dirichlet", "softmax_normal", "one_hot"]
+Granularity = Literal["layer", "step", "out_channel"]
+Init = Literal["independent", "spread"]
+
+
+class MajorityKernels(Method):
+    r"""Train each weight as a random convex combination of k kernels; deploy their mean (Mazzawi et al., arXiv 2402.05033).
+
+    With kernels :math:`W_1 \dots W_k` and a mix :math:`v` on the simplex, drawn anew after every optimizer step,
+    :math:`W = \sum_i v_i W_i` while training and :math:`W = \frac1k\sum_i W_i` otherwise. The kernel gradient is
+    :math:`s\,v_i\,\partial L/\partial W` with :math:`s` = ``gradient_scale``. With :math:`s=k` (default), plain SGD moves the
+    mean kernel exactly as it would move the plain weight, weight decay included.
+
+    The paper's abstract fixes the mixing and the averaging; the distribution of the mix, what shares one draw, and the
+    initialization are this package's choices and therefore options.
+
+    Args:
+        factor: k, the number of kernels for one weight; 1 trains exactly the plain network.
+        draw: ``"uniform"`` (k uniform numbers divided by their sum), ``"dirichlet"`` (with ``alpha``),
+            ``"softmax_normal"`` (softmax of k standard normal numbers) or ``"one_hot"`` (one kernel at a time).
+        alpha: concentration of the Dirichlet draw; larger is closer to the mean. Ignored by the other draws.
+        granularity: what shares a mix: each ``"layer"`` has its own, all layers of a ``"step"`` share one, or every
+            ``"out_channel"`` of every layer has its own.
+        init: ``"independent"``: kernels :math:`W_0 + \sqrt{k}\,\sigma(\varepsilon_i - \bar\varepsilon)` with
+            :math:`\sigma` the root mean square of :math:`W_0`. For a Gaussian :math:`W_0` these are k independent Gaussian
+            kernels of variance :math:`k\sigma^2`, so their mean has the variance of the plain initialization. ``"spread"``:
+            the same with ``spread`` instead of :math:`\sqrt{k}`, for weights that are trained already. Either way the
+            mean of the kernels is :math:`W_0`, to rounding.
+        spread: relative size of the deviations for ``init="spread"``; 0 starts from k equal copies.
+        anneal: last part of the training, in [0, 1], over which the mix shrinks linearly to the mean; 0 never does.
+        gradient_scale: s above; None means ``factor``.
+
+    Raises:
+        ValueError: an argument is outside its range; the message names it.
+    """
+
+    def __init__(
+        self,
+        factor: int = 4,
+        draw: Draw = "uniform",
+        alpha: float = 1.0,
+        granularity: Granularity = "layer",
+        init: Init = "independent",
+        spread: float = 0.1,
+        anneal: float = 0.0,
+        gradient_scale: float | None = None,
+    ) -> None:
+        if isinstance(factor, bool) or not isinstance(factor, int) or factor < 1:
+            raise ValueError(f"MajorityKernels: factor must be a whole number of kernels, at least 1, not {factor!r}")
+        for name, value, allowed in (
+            ("draw", draw, Draw),
+            ("granularity", granularity, Granularity),
+            ("init", init, Init),
+        ):
+            if value not in get_args(allowed):
+                raise ValueError(f"MajorityKernels: {name} must be one of {', '.join(get_args(allowed))}, not {value!r}")
+        if not (math.isfinite(alpha) and alpha > 0):
+            raise ValueError(f"MajorityKernels: alpha must be positive, not {alpha!r}")
+        if not (math.isfinite(spread) and spread >= 0):
+            raise ValueError(f"MajorityKernels: spread must be 0 or positive, not {spread!r}")
+        if not 0 <= anneal <= 1:
+            raise ValueError(f"MajorityKernels: anneal is a part of the training in [0, 1], not {anneal!r}")
+        if gradient_scale is not None and not (math.isfinite(gradient_scale) and gradient_scale > 0):
+            raise ValueError(f"MajorityKernels: gradient_scale must be positive or None, not {gradient_scale!r}")
+        self.factor = factor
+        self.draw_name: Draw = draw
+        self.alpha = alpha
+        self.granularity: Granularity = granularity
+        self.init: Init = init
+        self.spread = spread
+        self.anneal = anneal
+        self.gradient_scale = float(factor) if gradient_scale is None else float(gradient_scale)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The number of kernels: the only setting that the shape of a checkpoint depends on."""
+        return {"factor": self.factor}
+
+    def build(self, weight: Tensor, site: Site, generator: torch.Generator, *, near: bool = False) -> list[Tensor]:
+        """One tensor of shape ``(k, *weight.shape)`` whose mean over k is the weight."""
+        weight = weight.detach()
+        stack = weight.new_empty((self.factor, *weight.shape))
+        scale = self.spread if near or self.init == "spread" else math.sqrt(self.factor)
+        if self.factor == 1 or scale == 0:
+            return [stack.copy_(weight)]
+        noise = torch.randn((self.factor, *weight.shape), generator=generator)
+        noise -= noise.mean(0)
+        exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        rms = exact.square().mean().sqrt()
+        return [stack.copy_(exact + scale * rms * noise.to(exact))]
+
+    def parameters(self, storage: Sequence[Tensor]) -> list[Tensor]:
+        """The k kernels, each of the weight's own shape, as views of one buffer."""
+        return list(storage[0].unbind(0))
+
+    def draw(self, sites: Sequence[Site], generator: torch.Generator, progress: float) -> list[Tensor]:
+        """Mixes of shape ``(k,)``, or ``(k, out_channels)`` for ``granularity="out_channel"``; each sums to 1 over k."""
+        if self.granularity == "out_channel":
+            widths = [site.shape[site.out_axis] for site in sites]
+        else:
+            widths = [1] if self.granularity == "step" else [1] * len(sites)
+        mixes = self._simplex(sum(widths), generator)
+        if self.anneal and progress > 1 - self.anneal:
+            kept = max(0.0, (1 - progress) / self.anneal)
+            mixes = 1 / self.factor + kept * (mixes - 1 / self.factor)
+        if self.granularity == "out_channel":
+            return list(torch.split(mixes, widths, dim=1))
+        columns = list(mixes.unbind(1))
+        return columns * len(sites) if self.granularity == "step" else columns
+
+    def _simplex(self, count: int, generator: torch.Generator) -> Tensor:
+        """``count`` draws as columns of a ``(k, count)`` tensor."""
+        shape = (count, self.factor)
+        if self.draw_name == "one_hot":
+            choice = torch.randint(self.factor, (count,), generator=generator)
+            return torch.nn.functional.one_hot(choice, self.factor).double().T
+        if self.draw_name == "softmax_normal":
+            return torch.randn(shape, generator=generator, dtype=torch.float64).softmax(1).T
+        if self.draw_name == "dirichlet":
+            draws = torch._standard_gamma(torch.full(shape, self.alpha, dtype=torch.float64), generator=generator)
+            draws = draws.clamp_min(torch.finfo(torch.float64).tiny)  # a tiny alpha can underflow to all zeros
+        else:
+            draws = 1 - torch.rand(shape, generator=generator, dtype=torch.float64)  # in (0, 1]: the sum is never zero
+        return (draws / draws.sum(1, keepdim=True)).T
+
+    def compose(self, phi: Sequence[Tensor], mix: Tensor, site: Site) -> Tensor:
+        """Σ_i v_i W_i."""
+        first, *rest = self._factors(mix, phi[0], site)
+        total = phi[0] * first
+        for factor, kernel in zip(rest, phi[1:], strict=True):
+            total = total + kernel * factor
+        return total
+
+    def collapse(self, phi: Sequence[Tensor], site: Site) -> Tensor:
+        """The mean of the kernels, summed in at least float32."""
+        if self.factor == 1:
+            return phi[0]
+        dtype = torch.promote_types(phi[0].dtype, torch.float32)
+        total = phi[0].to(dtype)
+        for kernel in phi[1:]:
+            total = total + kernel
+        return (total / self.factor).to(phi[0].dtype)
+
+    def shift(self, phi: Sequence[Tensor], delta: Tensor, site: Site) -> None:
+        """Every kernel moves by ``delta``: the differences between kernels stay."""
+        for kernel in phi:
+            kernel.add_(delta)
+
+    def write(self, weight: Tensor, phi: Sequence[Tensor], mix: Tensor | None, site: Site) -> None:
+        """As the default, without temporaries: this runs once per weight and step."""
+        low_precision = torch.finfo(weight.dtype).bits < 32
+        if mix is None or mix.dim() > 1 or low_precision or not weight.is_contiguous():
+            kernels = [kernel.float() for kernel in phi] if low_precision else phi
+            weight.copy_(self.collapse(kernels, site) if mix is None else self.compose(kernels, mix, site))
+            return
+        first, *rest = mix.tolist()
+        torch.mul(phi[0], first, out=weight)
+        for factor, kernel in zip(rest, phi[1:], strict=True):
+            weight.add_(kernel, alpha=factor)
+
+    def pull_back(
+        self, phi: Sequence[Tensor], mix: Tensor | None, grad: Tensor, site: Site, out: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """Closed form: s v_i ∂L/∂W for each kernel (v_i = 1/k where the weight was the mean)."""
+        if mix is None:
+            mix = torch.full((self.factor,), 1 / self.factor, dtype=torch.float64)
+        for factor, target in zip(self._factors(mix * self.gradient_scale, grad, site), out, strict=True):
+            torch.mul(grad, factor, out=target)
+        return list(out)
+
+    def _factors(self, mix: Tensor, like: Tensor, site: Site) -> Sequence[float | Tensor]:
+        """What multiplies each kernel: numbers, or one value per output channel shaped to broadcast."""
+        if mix.dim() == 1:
+            return list(map(float, mix.tolist()))
+        return [site.per_output(row) for row in mix.to(like.device, like.dtype, non_blocking=True)]
+
+    def expanded_numel(self, site: Site) -> int:
+        """K times the weight."""
+        return self.factor * math.prod(site.shape)

@@ -1,0 +1,297 @@
+"""The step cycle on an optimizer: φ takes the place of the weights for the length of ``step()`` only.
+
+Everything that looks at the optimizer outside ``step()`` (clipping, unscaling, schedulers, fine-tuning callbacks, loggers,
+checkpoints) sees the plain network's parameter groups, gradients and state.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+if TYPE_CHECKING:
+    from lightning_sop.reparam.engine import Engine
+    from lightning_sop.reparam.form import TrainingForm
+
+State = dict[str, Any]
+
+
+class StepCycle:
+    """What one engine does to one optimizer: swap in and pull back before the update, swap out and draw after it.
+
+    Works through ``register_step_pre_hook`` and ``register_step_post_hook``, innermost: the user's own hooks see the plain
+    network. A step that raises leaves the plain groups behind.
+    """
+
+    def __init__(self, engine: Engine, optimizer: Optimizer) -> None:
+        self.engine = engine
+        self.optimizer = optimizer
+        self.moments: dict[str, list[State]] = {}  # by parameter name: the optimizer's state of each φ, between steps
+        self.loaded: set[str] = set()  # moments from a checkpoint, whose plain image the optimizer loads for itself
+        self._given: dict[str, PlainState] = {}
+        self._plain: list[list[nn.Parameter]] | None = None  # the groups' own parameters while φ is in their place
+        self._forms: list[TrainingForm] = []
+        self._hooks: tuple[RemovableHandle, RemovableHandle] | None = None
+        _guard(self)
+
+    @property
+    def installed(self) -> bool:
+        """Whether the optimizer's steps run through this cycle."""
+        return self._hooks is not None
+
+    def install(self) -> None:
+        """Hang on the optimizer's steps (once)."""
+        if self._hooks is None:
+            before = self.optimizer.register_step_pre_hook(self._before_step)
+            self._hooks = before, self.optimizer.register_step_post_hook(self._after_step)
+
+    def remove(self) -> None:
+        """Take the hooks away; the optimizer keeps a plain copy of its state."""
+        self.abort()
+        if self._hooks is None:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = None
+        state = self.optimizer.state
+        for weight, entry in list(state.items()):
+            if isinstance(entry, PlainState):
+                state[weight] = dict(entry)
+        self.loaded.update(self.moments)
+        self._given.clear()
+
+    def innermost(self) -> None:
+        """Run after the user's pre-hooks and before their post-hooks, whenever those were registered."""
+        if self._hooks is not None:
+            before, after = self._hooks
+            cast(OrderedDict[int, Any], self.optimizer._optimizer_step_pre_hooks).move_to_end(before.id)
+            cast(OrderedDict[int, Any], self.optimizer._optimizer_step_post_hooks).move_to_end(after.id, last=False)
+
+    # ------------------------------------------------------------------ hooks
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.abort()
+        self._forms = self.engine.held_by(optimizer)
+        if not self._forms:
+            return None
+        self.engine.build(self._forms)
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._pull_back()
+            self._swap_in()
+            return None
+        closure = self._around(closure)
+        self._swap_in()
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": closure}
+        return (args[0], closure, *args[2:]), kwargs
+
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._plain is None:
+            return
+        self._swap_out()
+        if not _skipped(optimizer):
+            self.engine.draw(self._forms)
+        for form in self._forms:
+            form.write_mix()
+
+    def _around(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The user's closure on the plain network, with φ's gradients afterwards; optimizers may call it repeatedly."""
+        calls = 0
+
+        @torch.enable_grad()
+        def wrapped() -> Any:
+            nonlocal calls
+            swapped = self._swap_out()
+            for form in self._forms:
+                if calls:
+                    form.write_mix()  # the optimizer has moved φ since
+                else:
+                    form.mix_in()
+            calls += 1
+            result = closure()
+            self._pull_back()
+            if swapped:
+                self._swap_in()
+            return result
+
+        return wrapped
+
+    def _pull_back(self) -> None:
+        for form in self._forms:
+            form.follow()
+            form.pull_back()
+
+    # ------------------------------------------------------------------ the swap
+
+    def _swap_in(self) -> None:
+        """Groups and state: φ instead of the weights, in place (LBFGS keeps the list)."""
+        by_id = {id(form.weight): form for form in self._forms}
+        groups = self.optimizer.param_groups
+        self._plain = [list(group["params"]) for group in groups]
+        for group, plain in zip(groups, self._plain, strict=True):
+            group["params"][:] = [phi for p in plain for phi in (by_id[id(p)].phi if id(p) in by_id else [p])]
+        for form in self._forms:
+            for phi, state in zip(form.phi, self._take_moments(form), strict=False):
+                if state:
+                    self.optimizer.state[phi] = state
+
+    def _swap_out(self) -> bool:
+        """The plain network's groups and state again; returns whether φ was in place."""
+        if self._plain is None:
+            return False
+        for group, plain in zip(self.optimizer.param_groups, self._plain, strict=True):
+            group["params"][:] = plain
+        self._plain = None
+        for form in self._forms:
+            name = form.site.name
+            self.moments[name] = [self.optimizer.state.pop(phi, {}) for phi in form.phi]
+            if any(self.moments[name]):
+                self._given[name] = PlainState(functools.partial(plain_state, form, self.moments[name]))
+                self.optimizer.state[form.weight] = self._given[name]
+        return True
+
+    def abort(self) -> None:
+        """Put the plain groups back after a step that raised."""
+        self._swap_out()
+
+    def _take_moments(self, form: TrainingForm) -> list[State]:
+        """The state of each φ for this step, out of what the optimizer holds for the weight now."""
+        name = form.site.name
+        entry = self.optimizer.state.pop(form.weight, None)
+        if not entry:  # nothing yet, or the user has reset the optimizer's state
+            return []
+        if entry is self._given.get(name) or name in self.loaded:
+            self.loaded.discard(name)
+            return [_on_device(state, form.phi[0].device) for state in self.moments.get(name, [])]
+        # Loaded by a checkpoint of the plain network, or written by the user: each φ starts from the weight's state.
+        if all(phi.shape == form.weight.shape for phi in form.phi):
+            return [copy.deepcopy(dict(entry)) for _ in form.phi]
+        return []
+
+
+class PlainState(dict[str, Any]):
+    """The optimizer state that stands for a weight outside ``step()``: computed from φ's state when somebody looks."""
+
+    def __init__(self, source: Callable[[], State] | Mapping[str, Any]) -> None:
+        super().__init__()
+        self._source: Callable[[], State] | None = None
+        if callable(source):
+            self._source = source
+        else:
+            super().update(source)
+
+    def _filled(self) -> None:
+        if self._source is not None:
+            source, self._source = self._source, None
+            super().update(source())
+
+    def __getitem__(self, key: str) -> Any:
+        self._filled()
+        return super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        self._filled()
+        return super().__contains__(key)
+
+    def __iter__(self) -> Iterator[str]:
+        self._filled()
+        return super().__iter__()
+
+    def __len__(self) -> int:
+        self._filled()
+        return super().__len__()
+
+    def __bool__(self) -> bool:  # asked at every step: there is a state, whatever it is
+        return True
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self._filled()
+        return super().get(key, default)
+
+    def keys(self) -> Any:
+        self._filled()
+        return super().keys()
+
+    def values(self) -> Any:
+        self._filled()
+        return super().values()
+
+    def items(self) -> Any:
+        self._filled()
+        return super().items()
+
+    def __eq__(self, other: object) -> bool:
+        self._filled()
+        return super().__eq__(other)
+
+    def __repr__(self) -> str:
+        self._filled()
+        return super().__repr__()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return dict, (list(self.items()),)
+
+
+@torch.no_grad()
+def plain_state(form: TrainingForm, states: list[State]) -> State:
+    """The weight's optimizer state from its φ's: tensors of the weight's shape averaged, other entries the first's.
+
+    For Majority Kernels the mean of the kernels' first moments is exactly the plain network's, by linearity. Empty where no
+    such image exists (φ of other shapes than the weight; LBFGS, which keeps everything with its first parameter).
+    """
+    shape = form.weight.shape
+    if not all(states) or any(phi.shape != shape for phi in form.phi):
+        return {}
+    image: State = {}
+    for key, first in states[0].items():
+        if isinstance(first, Tensor) and first.dim() > 0:
+            image[key] = torch.stack([state[key] for state in states]).mean(0) if len(states) > 1 else first
+        else:
+            image[key] = copy.deepcopy(first)
+    return image
+
+
+def _on_device(state: State, device: torch.device) -> State:
+    """Move moments after φ when the module has been moved; step counts stay where their optimizer put them."""
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.device != device and (value.dim() > 0 or value.device.type != "cpu"):
+            state[key] = value.to(device)
+    return state
+
+
+def _skipped(optimizer: Optimizer) -> bool:
+    """Whether a fused optimizer was told by a GradScaler to leave its parameters alone (others are not even called)."""
+    found = getattr(optimizer, "found_inf", None)
+    # On an accelerator the answer would cost a synchronization per step; a new mix for the same φ does no harm there.
+    return isinstance(found, Tensor) and found.device.type == "cpu" and bool(found.item())
+
+
+def _guard(cycle: StepCycle) -> None:
+    """Wrap the optimizer's ``step`` so that an exception inside it leaves the plain groups (hooks alone cannot)."""
+    optimizer = cycle.optimizer
+    step = optimizer.step
+    reference = weakref.ref(cycle)
+
+    def guarded(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return step(*args, **kwargs)
+        except BaseException:
+            alive = reference()
+            if alive is not None:
+                alive.abort()
+            raise
+
+    functools.update_wrapper(guarded, step)  # keeps the mark by which schedulers know a wrapped step
+    # A bound method, because learning-rate schedulers wrap ``step.__func__``.
+    optimizer.__dict__["step"] = types.MethodType(guarded, optimizer)
