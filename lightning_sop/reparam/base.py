@@ -78,8 +78,9 @@ class Method(ABC):
         """The weight that is evaluated and deployed, differentiable in φ, of the weight's shape."""
 
     @abstractmethod
-    def shift(self, phi: Sequence[Tensor], delta: Tensor, site: Site) -> None:
-        """Change φ in place so that both ``compose`` (for any mix) and ``collapse`` move by ``delta``."""
+    def shift(self, phi: Sequence[Tensor], before: Tensor, after: Tensor, site: Site) -> None:
+        """Somebody moved the weight from ``before`` to ``after``: move φ in place, so that ``compose`` (for any mix) and
+        ``collapse`` move by as much."""
 
     def write(self, weight: Tensor, phi: Sequence[Tensor], mix: Tensor | None, site: Site) -> None:
         """Write the composed weight (``mix`` given) or the collapsed one (``mix`` None) into ``weight``, under no_grad."""

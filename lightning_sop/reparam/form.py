@@ -167,12 +167,12 @@ class TrainingForm(nn.Module):
         if weight.device.type == "cpu":
             # By value and not by version counter: writes through ``.data`` do not count as versions.
             delta = torch.sub(weight, self._written, out=self._scratch(weight))
-            if torch.linalg.vector_norm(delta, torch.inf).item() == 0:
+            changed = torch.linalg.vector_norm(delta, torch.inf).item() != 0
+            if not changed:
                 return False
-        else:  # asking whether the difference is zero would make the host wait for the accelerator at every step
-            delta = weight - self._written
-        changed = weight.device.type == "cpu" or weight._version != self._written_version
-        self.method.shift(self.phi, delta, self.site)
+        else:  # asking for the value would make the host wait for the accelerator at every step: shift, by zero perhaps
+            changed = weight._version != self._written_version
+        self.method.shift(self.phi, self._written, weight, self.site)
         self._remember(weight)
         return changed
 
@@ -197,7 +197,7 @@ class TrainingForm(nn.Module):
     def accept_loaded(self) -> None:
         """The weight was loaded as a whole: from now on φ collapses to it."""
         if self.built and not torch.equal(self.weight, self._written if self._written is not None else self.collapsed()):
-            self.method.shift(self.phi, self.weight - self.collapsed(), self.site)
+            self.method.shift(self.phi, self.collapsed(), self.weight, self.site)
             self._mark_collapsed()
 
     # ------------------------------------------------------------------ the update

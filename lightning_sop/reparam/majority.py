@@ -154,8 +154,12 @@ class MajorityKernels(Method):
             total = total + kernel
         return (total / self.factor).to(phi[0].dtype)
 
-    def shift(self, phi: Sequence[Tensor], delta: Tensor, site: Site) -> None:
-        """Every kernel moves by ``delta``: the differences between kernels stay."""
+    def shift(self, phi: Sequence[Tensor], before: Tensor, after: Tensor, site: Site) -> None:
+        """Every kernel moves as the weight did: the differences between kernels stay."""
+        if self.factor == 1:
+            phi[0].copy_(after)  # exact, where adding the difference would round
+            return
+        delta = after - before
         for kernel in phi:
             kernel.add_(delta)
 

@@ -1,0 +1,53 @@
+"""A copy of a LightningModule as it will be deployed: plain layers, nothing compiled, no Trainer."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.compile import to_uncompiled
+from torch import nn
+
+from lightning_sop.deploy.content import DeployContent
+from lightning_sop.reparam.form import TiedForm, TrainingForm
+
+
+class _Gone(nn.Module):
+    """Stands in a copy for what is not copied."""
+
+
+def plain_copy(module: pl.LightningModule) -> pl.LightningModule:
+    """Deep copy without training forms and compiled wrappers; whatever they hold is never copied.
+
+    Raises:
+        Exception: Something that the module holds cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    compiled = []
+    for child in module.modules():
+        if isinstance(child, (TrainingForm, TiedForm)):
+            memo[id(child)] = _Gone()
+        elif isinstance(getattr(child, "_orig_mod", None), nn.Module):  # what torch.compile returns
+            compiled.append(child)
+    for wrapper in reversed(compiled):  # inner wrappers before the outer ones
+        memo[id(wrapper)] = copy.deepcopy(wrapper._orig_mod, memo)
+    context = module._compiler_ctx
+    if context is not None:
+        memo[id(context["dynamo_ctx"])] = None
+    twin = copy.deepcopy(module, memo)
+    if twin._compiler_ctx is not None:
+        to_uncompiled(twin)
+    for parent in list(twin.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, _Gone):
+                delattr(parent, name)
+    return twin
+
+
+def load_as_lightning_does(module: nn.Module, content: DeployContent) -> None:
+    """Load a deploy file's content into a module the way ``load_from_checkpoint`` does."""
+    assert isinstance(module, pl.LightningModule)
+    checkpoint = content.as_checkpoint()
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)

@@ -1,0 +1,201 @@
+"""CollapseOnSave: beside every checkpoint the small plain one, with a proof."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+from lightning_sop.callbacks import _deploy_links as links
+from lightning_sop.callbacks._deploy_job import Export, WriteJob, proven_content
+from lightning_sop.callbacks._probe import ProbeRecorder
+from lightning_sop.deploy import files
+from lightning_sop.deploy.errors import CollapseError
+from lightning_sop.deploy.names import Format, deploy_path
+from lightning_sop.deploy.weights import export_dtype
+from lightning_sop.plugins import install
+
+Only = Literal["all", "best", "last"]
+OnMismatch = Literal["raise", "warn"]
+
+_TEMPORARY = (".lr_find_", ".scale_batch_size_")  # what the tuners save and remove again
+_SHARDED = {"FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy", "XLAStrategy", "SingleDeviceXLAStrategy"}
+
+
+class CollapseOnSave(Callback):
+    """Write a plain deploy file beside every checkpoint that the Trainer saves.
+
+    ``best.ckpt`` gets a ``best.deploy.ckpt``: the model's own architecture, hyper-parameters and weights and nothing of
+    the training, to be loaded strictly with ``Model.load_from_checkpoint`` where this package is not installed. Before
+    it takes its name it is read back and compared with weights recomputed from the training method's own tensors; what
+    was measured stands in its receipt (``lightning_sop.deploy.read(path).receipt``).
+
+    Args:
+        format: ``"ckpt"``, or ``"safetensors"`` with hyper-parameters and receipt as JSON metadata. Two callbacks of
+            different formats may be in one Trainer.
+        dtype: Cast floating point tensors of the deploy file to ``"bfloat16"``, ``"float16"`` or ``"float32"``.
+        only: Write for ``"all"`` checkpoints, or only for a ModelCheckpoint's ``"best"`` or ``"last"``; deploy files
+            that are no longer best or last are removed.
+        keep_training_file: False removes the training checkpoint once its deploy file is written; training cannot
+            resume from it then.
+        tolerance: Largest relative difference of outputs and weights that is accepted; None takes 1e-4, or for weights
+            in float16 2e-2 and in bfloat16 1e-1.
+        on_mismatch: ``"raise"`` a :class:`~lightning_sop.deploy.CollapseError` where it is exceeded, or ``"warn"``. The
+            training checkpoint is kept and no deploy file is written either way.
+
+    Raises:
+        ValueError: An option is unknown, or does not fit the Trainer (at the start of ``fit``).
+    """
+
+    def __init__(
+        self,
+        format: Format = "ckpt",
+        dtype: Literal["bfloat16", "float16", "float32"] | None = None,
+        only: Only = "all",
+        keep_training_file: bool = True,
+        tolerance: float | None = None,
+        on_mismatch: OnMismatch = "raise",
+    ) -> None:
+        deploy_path("", format)  # raises if the format is unknown
+        export_dtype(dtype)
+        for name, value, allowed in (("only", only, Only), ("on_mismatch", on_mismatch, OnMismatch)):
+            if value not in get_args(allowed):
+                raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, get_args(allowed)))}.")
+        if tolerance is not None and not tolerance >= 0:
+            raise ValueError(f"tolerance={tolerance} must be a number of at least 0, or None.")
+        self.format, self.dtype, self.only = format, dtype, only
+        self.keep_training_file, self.tolerance, self.on_mismatch = keep_training_file, tolerance, on_mismatch
+        self._trainer: pl.Trainer | None = None
+        self._probe = ProbeRecorder()
+        self._foreign_keys: frozenset[str] = frozenset()
+        self._written: set[str] = set()
+        self._links: set[str] = set()
+        self._unsynced = False
+
+    # ------------------------------------------------------------------ hooks
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._check(trainer)
+        self._trainer = trainer
+        install(trainer.strategy, self)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self._probe.attach(pl_module)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if self._unsynced:
+            self.sync()
+        self._probe.open(redirected=trainer.strategy.model is not pl_module)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._probe.close()
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self._probe.open(redirected=trainer.strategy.model is not pl_module)
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        self._probe.close()
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        # The module's own hook comes after the callbacks': what is there now is not the module's.
+        self._foreign_keys = frozenset(checkpoint)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.sync()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._probe.close()
+        self.sync()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.sync()
+        self._probe.detach()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pickled with the Trainer by launchers, and copied by users: both begin anew.
+        return {**self.__dict__, "_trainer": None, "_probe": ProbeRecorder()}
+
+    # ------------------------------------------------------------------ what DeployCheckpointIO asks for
+
+    def prepare(self, checkpoint: dict[str, Any], path: str) -> Callable[[], None] | None:
+        """Make the content of the deploy file and prove it; the job that is returned writes it."""
+        foreign, self._foreign_keys = self._foreign_keys, frozenset()
+        assert self._trainer is not None
+        if not self._wanted(checkpoint, path):
+            return None
+        target = deploy_path(path, self.format)
+        options = Export(target, self.format, export_dtype(self.dtype), self.tolerance)
+        try:
+            content = proven_content(self._trainer, checkpoint, path, options, self._probe, foreign)
+        except CollapseError as error:
+            files.remove(target)  # of an earlier save under the same name: no longer what the checkpoint holds
+            if self.on_mismatch == "raise":
+                raise
+            warnings.warn(str(error), stacklevel=2)  # only one process writes
+            return None
+        self._written.add(path)
+        self._unsynced = True
+        return WriteJob(path, content, options, self.keep_training_file)
+
+    def remove(self, path: str) -> None:
+        """The Trainer has removed a checkpoint."""
+        files.remove(deploy_path(path, self.format))
+        self._written.discard(path)
+        self._links.discard(deploy_path(path, self.format))
+        self._unsynced = True
+
+    def sync(self) -> None:
+        """Bring links, and the choice of best or last, up to what the ModelCheckpoints hold now."""
+        trainer = self._trainer
+        if trainer is None or not trainer.is_global_zero:
+            return
+        self._unsynced = False
+        pairs = {}
+        for callback in links.model_checkpoints(trainer):
+            link = links.last_link(callback)
+            if link is not None:
+                pairs[deploy_path(link[0], self.format)] = deploy_path(link[1], self.format)
+        for path in self._written if self.only != "all" else ():
+            if not (links.is_best if self.only == "best" else links.is_last)(trainer, path):
+                files.remove(deploy_path(path, self.format))
+        for name in self._links - pairs.keys():
+            if os.path.islink(name) and not os.path.exists(name):
+                files.remove(name)
+        self._links |= pairs.keys()
+        for name, target in pairs.items():
+            if not links.mirror(name, target):
+                self._unsynced = True  # another thread may not have written it yet
+
+    # ------------------------------------------------------------------ inside
+
+    def _check(self, trainer: pl.Trainer) -> None:
+        """Refuse what cannot work in this Trainer."""
+        strategy = type(trainer.strategy).__name__
+        if strategy in _SHARDED:
+            raise ValueError(f"CollapseOnSave needs the whole model in one process, which {strategy} does not offer.")
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        twins = [c for c in callbacks if isinstance(c, CollapseOnSave) and c.format == self.format]
+        if len(twins) > 1:
+            raise ValueError(
+                f"Two CollapseOnSave callbacks would write the same files; give them formats besides {self.format!r}."
+            )
+        checkpoints = links.model_checkpoints(trainer)
+        if self.only == "best" and not checkpoints:
+            raise ValueError("CollapseOnSave(only='best') needs a ModelCheckpoint in the Trainer.")
+        if self.only == "last" and not any(callback.save_last for callback in checkpoints):
+            raise ValueError("CollapseOnSave(only='last') needs a ModelCheckpoint(save_last=True) in the Trainer.")
+        if not self.keep_training_file and any(map(links.links_last, checkpoints)):
+            raise ValueError("ModelCheckpoint(save_last='link') would link to a file that keep_training_file=False removes.")
+
+    def _wanted(self, checkpoint: dict[str, Any], path: str) -> bool:
+        assert self._trainer is not None
+        if os.path.basename(path).startswith(_TEMPORARY) or "state_dict" not in checkpoint:
+            return False  # without that entry it is what spawning launchers pass between processes
+        if self.only == "best":
+            return links.is_best(self._trainer, path)
+        return self.only == "all" or links.is_last(self._trainer, path) or links.may_become_last(self._trainer, path)

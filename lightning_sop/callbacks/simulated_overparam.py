@@ -1,0 +1,264 @@
+"""SimulatedOverparam: train a LightningModule's weights in a larger form, keep its own small one."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from lightning_sop.callbacks.batchnorm import BatchNormReestimation
+from lightning_sop.reparam.base import Method
+from lightning_sop.reparam.engine import Engine
+from lightning_sop.reparam.functional import resolve_rules, resolve_seed
+from lightning_sop.reparam.select import Plan, Rule, make_plan
+
+#: Strategies that shard or own the parameters, under which a weight cannot be composed from φ where it lies.
+_UNSUPPORTED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy", "XLAStrategy", "SingleDeviceXLAStrategy")
+#: Callbacks that read the weights during training and have to find the collapsed ones.
+_AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
+
+
+class SimulatedOverparam(Callback):
+    """Train the weights of any LightningModule in a larger form (arXiv 2402.05033), without touching the model's code.
+
+    The layers keep their own parameters. Before each training forward they hold a mix of the larger tensors; for
+    validation, testing, saving and averaging they hold the collapsed weight. Parameters, optimizer groups, gradients and
+    state_dicts are at every moment those of the plain model; the larger tensors take their place for the length of
+    ``optimizer.step()`` only, and are saved in this callback's own state.
+
+    Args:
+        method: how each weight is trained; default ``MajorityKernels()``.
+        rules: several methods for several parts of the model; the first rule that matches a weight has its way. Instead of
+            ``method``, ``include``, ``exclude`` and ``layers``.
+        include: patterns of names to convert, default all. ``"encoder"`` stands for everything in ``encoder``.
+        exclude: patterns of names to leave plain, for example ``["*.head"]``.
+        layers: layer types by class name; default Linear, convolutions, Bilinear, MultiheadAttention, RNNs and
+            transformers' Conv1D (:data:`lightning_sop.reparam.DEFAULT_LAYERS`).
+        seed: of the mixes and the initial differences; default: the seed of torch (``seed_everything``), which is read but
+            not used up. No global random state is touched.
+        reestimate_batchnorm: number of recent training batches with which BatchNorm statistics are estimated anew for the
+            collapsed weights, before each validation and save; 0 keeps the statistics that training collected under mixes.
+        verbose: print the table of what is converted when training starts.
+        name: tells two callbacks of this class apart in checkpoints; only needed where their selections look the same.
+
+    Raises:
+        ValueError: at the start of fit, when a pattern matches nothing, nothing is converted, or two callbacks of this
+            class select the same weight; the message says which.
+        MisconfigurationException: at the start of fit under a strategy that shards parameters.
+    """
+
+    def __init__(
+        self,
+        method: Method | None = None,
+        *,
+        rules: list[Rule] | None = None,
+        include: list[str] | None = None,
+        exclude: Sequence[str] = (),
+        layers: list[str] | None = None,
+        seed: int | None = None,
+        reestimate_batchnorm: int = 0,
+        verbose: bool = True,
+        name: str | None = None,
+    ) -> None:
+        self.rules = resolve_rules(method, include, exclude, layers, rules)
+        self.seed = seed
+        self.verbose = verbose
+        self.name = name
+        self.engine: Engine | None = None
+        self.batchnorm = BatchNormReestimation(reestimate_batchnorm)
+        self._model: LightningModule | None = None
+        self._state: Mapping[str, Any] | None = None  # loaded before there is an engine
+
+    @property
+    def state_key(self) -> str:
+        """Tells apart the callbacks of this class in a checkpoint, by what they select."""
+        if self.name is not None:
+            return f"{type(self).__qualname__}[{self.name}]"
+        parts = [(r.include, tuple(r.exclude), r.layers) for r in self.rules]
+        return self._generate_state_key(select=parts)
+
+    def plan(self, model: torch.nn.Module) -> Plan:
+        """What would become of every parameter of the model, without changing anything; print it with rich."""
+        return make_plan(model, self.rules)
+
+    def collapsed_weights(self) -> dict[str, Tensor]:
+        """The deployable weights recomputed from the method's own tensors in float64, by every name they have."""
+        return {} if self.engine is None else self.engine.collapsed_weights()
+
+    # ------------------------------------------------------------------ attach and detach
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Attach the training forms, as soon as the layers exist and before weights are loaded."""
+        if stage != "fit":
+            return
+        unsupported = {base.__name__ for base in type(trainer.strategy).__mro__} & set(_UNSUPPORTED)
+        if unsupported:
+            raise MisconfigurationException(
+                f"SimulatedOverparam does not work with {unsupported.pop()}, which shards or owns the parameters. "
+                "Use a single device or DDP, or leave the callback out."
+            )
+        self._precede_averaging(trainer)
+        # Layers may be made in the module's own hooks, which run after this one: then follow on the last of them.
+        for hook in ("configure_model", "setup"):
+            if is_overridden(hook, pl_module):
+                _call_after(pl_module, hook, functools.partial(self._attach, trainer, pl_module))
+                return
+        self._attach(trainer, pl_module)
+
+    def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.engine is None or self._model is not pl_module:
+            seed = trainer.strategy.broadcast(resolve_seed(self.seed))
+            self.engine = Engine(pl_module, make_plan(pl_module, self.rules), seed)
+            self._model = pl_module
+        self.engine.attach()
+        self.batchnorm.attach(pl_module)
+
+    def _precede_averaging(self, trainer: Trainer) -> None:
+        """Stand before callbacks that average weights in their hooks, so that they find the collapsed weights."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        mine = callbacks.index(self)
+        first = next((i for i, callback in enumerate(callbacks[:mine]) if _averages(callback)), mine)
+        callbacks.insert(first, callbacks.pop(mine))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the plain model behind; this callback keeps the larger tensors for saving and for a later fit."""
+        self._detach()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the plain model and the plain optimizers behind, whatever was going on."""
+        self._detach()
+
+    def _detach(self) -> None:
+        if self.engine is not None and self.engine.attached:
+            self.engine.detach()
+        self.batchnorm.detach()
+
+    # ------------------------------------------------------------------ training
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Build the larger tensors around the weights as they are now, and show the table."""
+        engine = self._running()
+        engine.start(trainer.optimizers)
+        if self.verbose and trainer.is_global_zero:
+            import rich
+
+            rich.print(engine.plan.table())
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Mixed weights for the training forward."""
+        engine = self._running()
+        if not all(form.built for form in engine.forms.values()):  # unfrozen since, perhaps
+            engine.start(trainer.optimizers)
+        engine.progress = _progress(trainer) if _anneals(self.rules) else 0.0
+        if getattr(trainer.fit_loop, "_skip_backward", False):
+            engine.mean_in()  # StochasticWeightAveraging's pass for the BatchNorm statistics of its average
+        else:
+            engine.mix_in()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Collapsed weights where a callback is about to average them."""
+        if any(_averages(callback) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            self._running().mean_in()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Collapsed weights between epochs, for whoever reads or writes them there."""
+        self._running().mean_in()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Collapsed weights; ``eval()`` has seen to it, except in modules that are in eval mode all the time."""
+        if self.engine is not None and self.engine.attached:
+            self.engine.mean_in()
+            self.batchnorm.run(pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The collapsed weights are the result; from here on weights are what anybody makes them."""
+        self._running().release()
+        self.batchnorm.run(pl_module)
+
+    def _running(self) -> Engine:
+        if self.engine is None:
+            raise RuntimeError("SimulatedOverparam: training has begun without Callback.setup having been called")
+        return self.engine
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """The larger tensors, their optimizer moments, mixes and random generator, as plain data."""
+        return {} if self.engine is None else self.engine.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a checkpoint, bitwise; its weights are loaded already."""
+        if state_dict and self.engine is not None:
+            self.engine.load_state_dict(state_dict)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Recognize checkpoints that hold nothing for this callback, or something for one that selects otherwise."""
+        if self.engine is None or not self.engine.attached:
+            return
+        states = checkpoint.get("callbacks", {})
+        if self.state_key in states:
+            return
+        others = [key for key in states if key.startswith(type(self).__qualname__)]
+        if others and not any(_is_overparam(c) and c.state_key in others for c in trainer.callbacks):  # type: ignore[attr-defined]
+            raise ValueError(
+                f"The checkpoint was trained with {', '.join(others)}, this run has {self.state_key}. Resume with the same "
+                "include, exclude, layers and rules, or start a new run from the checkpoint's weights."
+            )
+        self.engine.near = True
+        rank_zero_info(
+            "SimulatedOverparam: the checkpoint is one of the plain model. Its weights are kept; the larger tensors are "
+            "made close around them."
+        )
+
+
+def _call_after(pl_module: LightningModule, hook: str, then: Any) -> None:
+    """Run ``then`` once, right after the module's own hook; the module is as before afterwards."""
+    own = pl_module.__dict__.get(hook)
+    original = getattr(pl_module, hook)
+
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if own is None:
+            del pl_module.__dict__[hook]
+        else:
+            pl_module.__dict__[hook] = own
+        result = original(*args, **kwargs)
+        then()
+        return result
+
+    pl_module.__dict__[hook] = wrapper
+
+
+def _averages(callback: Callback) -> bool:
+    return any(base.__name__ in _AVERAGING for base in type(callback).__mro__)
+
+
+def _is_overparam(callback: Callback) -> bool:
+    return isinstance(callback, SimulatedOverparam)
+
+
+def _anneals(rules: Sequence[Rule]) -> bool:
+    return any(getattr(rule.method, "anneal", 0) for rule in rules)
+
+
+def _progress(trainer: Trainer) -> float:
+    """Part of the training that is done, in [0, 1]."""
+    if trainer.max_steps > 0:
+        return min(1.0, trainer.global_step / trainer.max_steps)
+    epochs, batches = trainer.max_epochs, trainer.num_training_batches
+    if epochs is None or epochs < 0 or batches == float("inf"):
+        rank_zero_warn(
+            "SimulatedOverparam: annealing needs to know the length of the training; set max_steps, or max_epochs with a "
+            "data loader of known length. The mix is not annealed."
+        )
+        return 0.0
+    return min(1.0, trainer.fit_loop.total_batch_idx / (epochs * batches))
