@@ -60,7 +60,7 @@ class BatchNormReestimation:
 
     @torch.no_grad()
     def run(self, root: nn.Module) -> None:
-        """Estimate the statistics anew; the collapsed weights must be in place. Train flags and momenta stay as they were."""
+        """Estimate the statistics anew, with the collapsed weights in place; train flags and momenta stay as they were."""
         for path, recent in self._recent.items():
             network = root.get_submodule(path)
             norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]

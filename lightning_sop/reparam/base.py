@@ -79,8 +79,7 @@ class Method(ABC):
 
     @abstractmethod
     def shift(self, phi: Sequence[Tensor], before: Tensor, after: Tensor, site: Site) -> None:
-        """Somebody moved the weight from ``before`` to ``after``: move φ in place, so that ``compose`` (for any mix) and
-        ``collapse`` move by as much."""
+        """Move φ in place as the weight was moved by others, so that ``compose`` (any mix) and ``collapse`` move alike."""
 
     def write(self, weight: Tensor, phi: Sequence[Tensor], mix: Tensor | None, site: Site) -> None:
         """Write the composed weight (``mix`` given) or the collapsed one (``mix`` None) into ``weight``, under no_grad."""

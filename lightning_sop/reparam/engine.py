@@ -61,6 +61,9 @@ class Engine:
     def attach(self) -> None:
         """Put the forms into their layers and listen to optimizers from now on."""
         for owner, name, child in self._children:
+            left_over = owner._modules.get(name)  # in a copy of a model that was being trained
+            if isinstance(left_over, TrainingForm) and left_over is not child:
+                left_over.mean_in()
             owner.add_module(name, child)
         for form in self.forms.values():
             form.live = True

@@ -41,8 +41,8 @@ class TrainingForm(nn.Module):
         self.method = method
         self.site = site
         self.seed = seed
-        self.training = owner.training
         self.discard()
+        self.training = owner.training
 
     # ------------------------------------------------------------------ what it stands for
 
@@ -97,8 +97,9 @@ class TrainingForm(nn.Module):
         self.set_storage([tensor.detach().to(weight.device, weight.dtype, copy=True) for tensor in storage])
         self.mix = mix
         collapsed = self.collapsed()
-        # Equal up to rounding: one checkpoint, perhaps written on another device. Then φ is kept bit for bit.
-        tolerance = 8 * torch.finfo(weight.dtype).eps
+        # Equal up to rounding: one checkpoint, perhaps written on another device, or in a lower precision than the module
+        # has at this moment (Lightning casts it later). Then φ is kept bit for bit.
+        tolerance = 8 * max(torch.finfo(tensor.dtype).eps for tensor in (weight, *storage))
         if torch.allclose(weight, collapsed, rtol=tolerance, atol=tolerance * float(collapsed.abs().max())):
             weight.copy_(collapsed)
             self._mark_collapsed()

@@ -37,7 +37,9 @@ def expand_(
         model: any module; its parameters, its state_dict and their names stay as they are.
         optimizer: the optimizer(s) that hold the model's parameters; they stay as they are, too.
         method: how to train each weight; default ``MajorityKernels()``.
-        include, exclude, layers: what to convert, see :class:`~lightning_sop.reparam.select.Rule`.
+        include: patterns of names to convert, see :class:`~lightning_sop.reparam.select.Rule`; default all.
+        exclude: patterns of names to leave plain.
+        layers: layer types to convert; default :data:`~lightning_sop.reparam.select.DEFAULT_LAYERS`.
         rules: several methods for several parts of the model, instead of the four arguments before.
         seed: of the mixes and of the initial differences; default torch's initial seed. No global random state is used.
 

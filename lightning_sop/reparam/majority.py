@@ -21,8 +21,8 @@ class MajorityKernels(Method):
 
     With kernels :math:`W_1 \dots W_k` and a mix :math:`v` on the simplex, drawn anew after every optimizer step,
     :math:`W = \sum_i v_i W_i` while training and :math:`W = \frac1k\sum_i W_i` otherwise. The kernel gradient is
-    :math:`s\,v_i\,\partial L/\partial W` with :math:`s` = ``gradient_scale``. With :math:`s=k` (default), plain SGD moves the
-    mean kernel exactly as it would move the plain weight, weight decay included.
+    :math:`s\,v_i\,\partial L/\partial W` with :math:`s` = ``gradient_scale``. With :math:`s=k` (default), plain SGD moves
+    the mean kernel exactly as it would move the plain weight, weight decay included.
 
     The paper's abstract fixes the mixing and the averaging; the distribution of the mix, what shares one draw, and the
     initialization are this package's choices and therefore options.
@@ -96,11 +96,11 @@ class MajorityKernels(Method):
         scale = self.spread if near or self.init == "spread" else math.sqrt(self.factor)
         if self.factor == 1 or scale == 0:
             return [stack.copy_(weight)]
-        noise = torch.randn((self.factor, *weight.shape), generator=generator)
-        noise -= noise.mean(0)
         exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        noise = torch.randn((self.factor, *weight.shape), generator=generator).to(exact)
+        noise -= noise.mean(0)
         rms = exact.square().mean().sqrt()
-        return [stack.copy_(exact + scale * rms * noise.to(exact))]
+        return [stack.copy_(exact + scale * rms * noise)]
 
     def parameters(self, storage: Sequence[Tensor]) -> list[Tensor]:
         """The k kernels, each of the weight's own shape, as views of one buffer."""

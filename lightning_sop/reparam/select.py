@@ -198,7 +198,7 @@ def _decide(model: nn.Module, parameter: nn.Parameter, names: tuple[str, ...], r
                 return _row(layer, names, site, parameter, reason="a rule leaves it plain")
             reason = refusal or obstacle or (rule.method.unsuitable(parameter, site) if rule.method else None)
             if reason is None:
-                if isinstance(layer._modules.get(child_name(local)), (TrainingForm, TiedForm)):
+                if _live_form(layer._modules.get(child_name(local))):
                     raise ValueError(
                         f"'{name}' is in a training form already: two SimulatedOverparam callbacks (or calls of expand_) "
                         "select it. Give them include or exclude patterns that do not overlap."
@@ -261,6 +261,12 @@ def _obstacle(layer: nn.Module, local: str, parameter: nn.Parameter) -> str | No
     if getattr(layer, "sparse", False):
         return "has sparse gradients"
     return None
+
+
+def _live_form(child: nn.Module | None) -> bool:
+    """Whether a weight is being trained in a larger form; a copied module has forms that are not live."""
+    form = child.form if isinstance(child, TiedForm) else child
+    return isinstance(form, TrainingForm) and form.live
 
 
 def _most_telling(reasons: Sequence[str]) -> str:

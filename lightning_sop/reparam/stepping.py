@@ -41,7 +41,7 @@ class StepCycle:
         self._given: dict[str, PlainState] = {}
         self._plain: list[list[nn.Parameter]] | None = None  # the groups' own parameters while φ is in their place
         self._forms: list[TrainingForm] = []
-        self._hooks: tuple[RemovableHandle, RemovableHandle] | None = None
+        self._hooks: tuple[RemovableHandle, RemovableHandle, RemovableHandle] | None = None
         _guard(self)
 
     @property
@@ -52,8 +52,11 @@ class StepCycle:
     def install(self) -> None:
         """Hang on the optimizer's steps (once)."""
         if self._hooks is None:
-            before = self.optimizer.register_step_pre_hook(self._before_step)
-            self._hooks = before, self.optimizer.register_step_post_hook(self._after_step)
+            self._hooks = (
+                self.optimizer.register_step_pre_hook(self._before_step),
+                self.optimizer.register_step_post_hook(self._after_step),
+                self.optimizer.register_state_dict_post_hook(_plain_dicts),
+            )
 
     def remove(self) -> None:
         """Take the hooks away; the optimizer keeps a plain copy of its state."""
@@ -73,7 +76,7 @@ class StepCycle:
     def innermost(self) -> None:
         """Run after the user's pre-hooks and before their post-hooks, whenever those were registered."""
         if self._hooks is not None:
-            before, after = self._hooks
+            before, after, _ = self._hooks
             cast(OrderedDict[int, Any], self.optimizer._optimizer_step_pre_hooks).move_to_end(before.id)
             cast(OrderedDict[int, Any], self.optimizer._optimizer_step_post_hooks).move_to_end(after.id, last=False)
 
@@ -169,11 +172,12 @@ class StepCycle:
         """The state of each φ for this step, out of what the optimizer holds for the weight now."""
         name = form.site.name
         entry = self.optimizer.state.pop(form.weight, None)
+        ours = entry is not None and (entry is self._given.get(name) or name in self.loaded)
+        self.loaded.discard(name)
+        if ours:
+            return [_on_device(state, form.phi[0].device) for state in self.moments.get(name, [])]
         if not entry:  # nothing yet, or the user has reset the optimizer's state
             return []
-        if entry is self._given.get(name) or name in self.loaded:
-            self.loaded.discard(name)
-            return [_on_device(state, form.phi[0].device) for state in self.moments.get(name, [])]
         # Loaded by a checkpoint of the plain network, or written by the user: each φ starts from the weight's state.
         if all(phi.shape == form.weight.shape for phi in form.phi):
             return [copy.deepcopy(dict(entry)) for _ in form.phi]
@@ -240,7 +244,14 @@ class PlainState(dict[str, Any]):
         return super().__repr__()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return dict, (list(self.items()),)
+        return OrderedDict, (list(self.items()),)  # which torch.load(weights_only=True) accepts by name
+
+
+def _plain_dicts(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """What is saved holds ordinary dictionaries."""
+    for key, entry in state_dict["state"].items():
+        if isinstance(entry, PlainState):
+            state_dict["state"][key] = dict(entry)
 
 
 @torch.no_grad()
