@@ -67,21 +67,24 @@ class Engine:
             owner.add_module(name, child)
         for form in self.forms.values():
             form.live = True
+            form.engine = self  # the model keeps its engine alive
         self.attached = True
         _live.add(self)
         _listen()
 
     def release(self) -> None:
         """Leave the collapsed weights; from now on weights are what anybody makes them."""
-        for cycle in self._cycles:
-            cycle.abort()
-        self.mean_in()
-        for form in self.forms.values():
-            form.live = False
-        for cycle in self._cycles:
-            cycle.remove()
         _live.discard(self)
         _listen()
+        for cycle in self._cycles:
+            cycle.abort()
+        for form in self.forms.values():
+            if form.has_weight:  # else the layer has been changed, and this may be the clean-up after the error it caused
+                form.mean_in()
+            form.live = False
+            form.engine = None
+        for cycle in self._cycles:
+            cycle.remove()
 
     def detach(self) -> None:
         """Release, and take the forms out of the model; the engine keeps them for a later :meth:`attach`."""
@@ -144,9 +147,10 @@ class Engine:
             form.mean_in()
 
     def held_by(self, optimizer: Optimizer) -> list[TrainingForm]:
-        """The forms whose weights are in the optimizer's groups, in the plan's order."""
+        """The forms whose weights are in the optimizer's groups, in the plan's order; frozen ones only if they are built."""
         ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return [form for form in self.forms.values() if id(form.weight) in ids]
+        held = [form for form in self.forms.values() if id(form.weight) in ids]
+        return [form for form in held if form.built or form.weight.requires_grad]
 
     def cycle_of(self, optimizer: Optimizer) -> StepCycle:
         """The step cycle on this optimizer, made at first sight."""

@@ -27,6 +27,7 @@ class TrainingForm(nn.Module):
     mix: Tensor | None  # the mix of the current step
     storage: list[Tensor]  # the memory of φ
     phi: list[nn.Parameter]  # φ as the optimizer sees it: views of storage
+    engine: object  # whoever trains through this form
     _owner: nn.Module
     _gradients: list[Tensor]
     _written: Tensor | None  # what was last written into the weight, to notice writes by others
@@ -41,6 +42,7 @@ class TrainingForm(nn.Module):
         self.method = method
         self.site = site
         self.seed = seed
+        self.engine = None
         self.discard()
         self.training = owner.training
 
@@ -125,7 +127,7 @@ class TrainingForm(nn.Module):
     @torch.no_grad()
     def mix_in(self) -> None:
         """Write the mixed weight, before a training forward."""
-        if not self.built or self.mix is None or self.mixed:
+        if not self.built or self.mix is None or self.mixed or not self.weight.requires_grad:
             return
         guard, self._version_guard = self._version_guard, None
         changed = self.follow()
@@ -141,6 +143,9 @@ class TrainingForm(nn.Module):
     def write_mix(self) -> None:
         """Write the mixed weight after φ or the mix have changed; nobody else has written the weight since."""
         weight = self.weight
+        if not weight.requires_grad:  # frozen since: a constant, and that is the collapsed weight
+            self.mean_in()
+            return
         self.method.write(weight, self.phi, self.mix, self.site)
         self._remember(weight)
         self.mixed, self._version_guard = True, None
@@ -168,7 +173,7 @@ class TrainingForm(nn.Module):
         if weight.device.type == "cpu":
             # By value and not by version counter: writes through ``.data`` do not count as versions.
             delta = torch.sub(weight, self._written, out=self._scratch(weight))
-            changed = torch.linalg.vector_norm(delta, torch.inf).item() != 0
+            changed = bool(torch.linalg.vector_norm(delta, torch.inf) != 0)
             if not changed:
                 return False
         else:  # asking for the value would make the host wait for the accelerator at every step: shift, by zero perhaps
@@ -262,7 +267,7 @@ class TrainingForm(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state.update(phi=[], _gradients=[], live=False, _version_guard=None)  # phi is made again from storage
+        state.update(phi=[], _gradients=[], live=False, engine=None, _version_guard=None)  # phi is made again from storage
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

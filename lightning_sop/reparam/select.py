@@ -252,6 +252,8 @@ def _obstacle(layer: nn.Module, local: str, parameter: nn.Parameter) -> str | No
         return "pruned: the weight is computed from it"
     if local.endswith(("_g", "_v")) and isinstance(getattr(layer, local[:-2], None), Tensor):
         return "weight_norm: the weight is computed from it"
+    if local.endswith("_orig") and isinstance(getattr(layer, local.removesuffix("_orig"), None), Tensor):
+        return "spectral_norm: the weight is computed from it"
     if parameter.dim() < 2:
         return f"{parameter.dim()}-dimensional"
     if not parameter.is_floating_point():
@@ -271,7 +273,7 @@ def _live_form(child: nn.Module | None) -> bool:
 
 def _most_telling(reasons: Sequence[str]) -> str:
     """Of the reasons for each rule and name, the one that a reader wants: an exclusion, then an obstacle, then the type."""
-    order = ("excluded", "uninitialized", "pruned", "weight_norm", "not a weight", "layer type", "not included")
+    order = ("excluded", "uninitialized", "pruned", "weight_norm", "spectral_norm", "not a weight", "layer type", "not included")
     ranked = sorted(reasons, key=lambda r: next((i for i, start in enumerate(order) if r.startswith(start)), 1))
     return ranked[0]
 

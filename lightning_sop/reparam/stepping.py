@@ -261,7 +261,7 @@ def plain_state(form: TrainingForm, states: list[State]) -> State:
     For Majority Kernels the mean of the kernels' first moments is exactly the plain network's, by linearity. Empty where no
     such image exists (φ of other shapes than the weight; LBFGS, which keeps everything with its first parameter).
     """
-    shape = form.weight.shape
+    shape = form.site.shape
     if not all(states) or any(phi.shape != shape for phi in form.phi):
         return {}
     image: State = {}
