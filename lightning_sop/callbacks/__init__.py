@@ -1,5 +1,6 @@
 """What goes into ``Trainer(callbacks=[...])``."""
 
+from lightning_sop.callbacks.collapse_on_save import CollapseOnSave
 from lightning_sop.callbacks.simulated_overparam import SimulatedOverparam
 
-__all__ = ["SimulatedOverparam"]
+__all__ = ["CollapseOnSave", "SimulatedOverparam"]

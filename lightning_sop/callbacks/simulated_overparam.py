@@ -149,7 +149,7 @@ class SimulatedOverparam(Callback):
         if self.verbose and trainer.is_global_zero:
             import rich
 
-            rich.print(engine.plan.table())
+            rich.print(engine.plan)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Mixed weights for the training forward."""

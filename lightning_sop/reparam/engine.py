@@ -12,9 +12,11 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from lightning_sop.reparam.form import TiedForm, TrainingForm, child_name
+from lightning_sop.reparam.form import TrainingForm
+from lightning_sop.reparam.names import child_name
 from lightning_sop.reparam.select import Plan
 from lightning_sop.reparam.stepping import StepCycle
+from lightning_sop.reparam.tied import TiedForm
 
 FORMAT = 1
 _live: weakref.WeakSet[Engine] = weakref.WeakSet()

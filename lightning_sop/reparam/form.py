@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_sop.reparam.base import Method, Site
+from lightning_sop.reparam.names import owner_key
 
 
 class TrainingForm(nn.Module):
@@ -227,6 +228,16 @@ class TrainingForm(nn.Module):
         for parameter, value in zip(self.phi, pulled, strict=True):
             parameter.grad = value
 
+    @torch.no_grad()
+    def after_update(self) -> None:
+        """Follow an optimizer that, beyond moving φ, has cleared φ's gradients (SAM) or replaced ``φ.data``."""
+        if all(phi.grad is None for phi in self.phi):
+            self.weight.grad = None
+        for phi, view in zip(self.phi, self.method.parameters(self.storage), strict=True):
+            if phi.data_ptr() != view.data_ptr():
+                view.copy_(phi)
+                phi.data = view
+
     # ------------------------------------------------------------------ being a module
 
     @property
@@ -285,52 +296,3 @@ class TrainingForm(nn.Module):
                 weight.copy_(self.collapsed())
             twin.mixed, twin._written = False, weight.detach().clone()
         return twin
-
-
-class TiedForm(nn.Module):
-    """Marks another layer that shares a weight in training form, so that its entry in a state_dict is collapsed too."""
-
-    def __init__(self, form: TrainingForm, name: str) -> None:
-        super().__init__()
-        self.__dict__["_form"] = form  # not registered: the form is a child of its own layer
-        self._name = name
-
-    def extra_repr(self) -> str:
-        return f"{self._name} is {self.form.site.name}"
-
-    @property
-    def form(self) -> TrainingForm:
-        """The form of the shared weight."""
-        form: TrainingForm = self.__dict__["_form"]
-        return form
-
-    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        if destination is None:
-            destination = {}
-        key = owner_key(prefix, self._name)
-        if self.form.mixed and not keep_vars and key in destination:
-            destination[key] = self.form.collapsed()
-        return destination
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.form.accept_loaded()
-
-
-def owner_key(prefix: str, name: str) -> str:
-    """The layer's key in a state_dict from its child's prefix (``"fc.weight_form."`` and ``"weight"``: ``"fc.weight"``)."""
-    layer, _, _ = prefix.removesuffix(".").rpartition(".")
-    return f"{layer}.{name}" if layer else name
-
-
-def child_name(name: str) -> str:
-    """Name under which a layer holds the form of its parameter ``name``."""
-    return f"{name}_form"
-
-
-def forms_in(module: nn.Module) -> Mapping[str, TrainingForm]:
-    """Every training form in a module, by the path of its weight in that module."""
-    found = {}
-    for path, child in module.named_modules():
-        if isinstance(child, TrainingForm):
-            found[owner_key(path + ".", child._name)] = child
-    return found

@@ -11,10 +11,12 @@ from torch.optim import Optimizer
 
 from lightning_sop.reparam.base import Method, Site
 from lightning_sop.reparam.engine import Engine, live_engines
-from lightning_sop.reparam.form import TiedForm, TrainingForm, forms_in
+from lightning_sop.reparam.form import TrainingForm
 from lightning_sop.reparam.majority import MajorityKernels
 from lightning_sop.reparam.methods import METHODS
+from lightning_sop.reparam.names import owner_key
 from lightning_sop.reparam.select import Rule, make_plan
+from lightning_sop.reparam.tied import TiedForm
 
 
 def expand_(
@@ -99,6 +101,15 @@ def strip_(module: nn.Module) -> nn.Module:
             if isinstance(child, (TrainingForm, TiedForm)):
                 del layer._modules[name]
     return module
+
+
+def forms_in(module: nn.Module) -> Mapping[str, TrainingForm]:
+    """Every training form in a module, by the path of its weight in that module."""
+    found = {}
+    for path, child in module.named_modules():
+        if isinstance(child, TrainingForm):
+            found[owner_key(path + ".", child._name)] = child
+    return found
 
 
 def collapsed_from_state(state: Mapping[str, Any]) -> dict[str, Tensor]:

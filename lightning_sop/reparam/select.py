@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_sop.reparam.base import Method, Site
-from lightning_sop.reparam.form import TiedForm, TrainingForm, child_name
+from lightning_sop.reparam.form import TrainingForm
+from lightning_sop.reparam.names import child_name, matches, split
+from lightning_sop.reparam.tied import TiedForm
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -79,12 +80,12 @@ class PlanRow:
     @property
     def owner(self) -> tuple[str, str]:
         """Path of its layer and its name there."""
-        return _split(self.name)
+        return split(self.name)
 
     @property
     def aliases(self) -> list[tuple[str, str]]:
         """The same for the other layers that share it."""
-        return [_split(name) for name in self.names[1:]]
+        return [split(name) for name in self.names[1:]]
 
     @cached_property
     def numel(self) -> int:
@@ -124,38 +125,10 @@ class Plan:
         """Number of parameters in the plain model, and while training."""
         return sum(row.numel for row in self.rows), sum(row.trained_numel for row in self.rows)
 
-    def table(self) -> Table:
-        """A rich table: every parameter, what becomes of it, counts, and the reason for each that stays plain."""
-        from rich.table import Table
-
-        plain, trained = self.numel
-        table = Table(title="Simulated over-parametrization", title_justify="left")
-        for column, justify in (
-            ("parameter", "left"),
-            ("layer", "left"),
-            ("shape", "left"),
-            ("trained as", "left"),
-            ("deployed", "right"),
-            ("training", "right"),
-        ):
-            table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
-        for row in self.rows:
-            trained_as = row.method.describe() if row.method else "plain"
-            table.add_row(
-                "\n= ".join(row.names),
-                row.layer,
-                "x".join(map(str, row.site.shape)) or "scalar",
-                f"{trained_as}: {row.reason}" if row.reason else trained_as,
-                f"{row.numel:,}",
-                f"{row.trained_numel:,}",
-                style=None if row.method else "dim",
-            )
-        table.add_section()
-        table.add_row("total", "", "", f"{len(self.converted)} of {len(self.rows)} tensors", f"{plain:,}", f"{trained:,}")
-        return table
-
     def __rich__(self) -> Table:
-        return self.table()
+        from lightning_sop.reparam.table import plan_table
+
+        return plan_table(self)
 
 
 def make_plan(model: nn.Module, rules: Sequence[Rule]) -> Plan:
@@ -188,7 +161,7 @@ def _decide(model: nn.Module, parameter: nn.Parameter, names: tuple[str, ...], r
     """The row of one parameter: converted by the first rule that takes any of its names."""
     reasons = []
     for name in names:
-        path, local = _split(name)
+        path, local = split(name)
         layer = model.get_submodule(path)
         site = _site(layer, name, parameter)
         obstacle = _obstacle(layer, local, parameter)
@@ -209,7 +182,7 @@ def _decide(model: nn.Module, parameter: nn.Parameter, names: tuple[str, ...], r
             reasons.append(reason)
             if refusal is None:
                 break
-    path, _ = _split(names[0])
+    path, _ = split(names[0])
     layer = model.get_submodule(path)
     return _row(layer, names, _site(layer, names[0], parameter), parameter, reason=_most_telling(reasons))
 
@@ -273,7 +246,16 @@ def _live_form(child: nn.Module | None) -> bool:
 
 def _most_telling(reasons: Sequence[str]) -> str:
     """Of the reasons for each rule and name, the one that a reader wants: an exclusion, then an obstacle, then the type."""
-    order = ("excluded", "uninitialized", "pruned", "weight_norm", "spectral_norm", "not a weight", "layer type", "not included")
+    order = (
+        "excluded",
+        "uninitialized",
+        "pruned",
+        "weight_norm",
+        "spectral_norm",
+        "not a weight",
+        "layer type",
+        "not included",
+    )
     ranked = sorted(reasons, key=lambda r: next((i for i, start in enumerate(order) if r.startswith(start)), 1))
     return ranked[0]
 
@@ -281,18 +263,6 @@ def _most_telling(reasons: Sequence[str]) -> str:
 def _is_a(layer: nn.Module, types: Sequence[str]) -> bool:
     """Whether a layer is of one of these types, by class name, base classes included."""
     return any(base.__name__ in types for base in type(layer).__mro__)
-
-
-def _split(name: str) -> tuple[str, str]:
-    path, _, local = name.rpartition(".")
-    return path, local
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern names a parameter, its layer, or a module around it; ``"*.x"`` also names a top-level ``x``."""
-    parts = name.split(".")
-    paths = [".".join(parts[: n + 1]) for n in range(len(parts))]
-    return any(fnmatchcase(path, pattern) or fnmatchcase("." + path, pattern) for path in paths)
 
 
 def _check_patterns(rules: Sequence[Rule], names: Sequence[str]) -> None:

@@ -11,19 +11,19 @@ import functools
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
+
+from lightning_sop.reparam.moments import PlainState, State, on_device, plain_dicts, plain_state
 
 if TYPE_CHECKING:
     from lightning_sop.reparam.engine import Engine
     from lightning_sop.reparam.form import TrainingForm
-
-State = dict[str, Any]
 
 
 class StepCycle:
@@ -39,8 +39,9 @@ class StepCycle:
         self.moments: dict[str, list[State]] = {}  # by parameter name: the optimizer's state of each φ, between steps
         self.loaded: set[str] = set()  # moments from a checkpoint, whose plain image the optimizer loads for itself
         self._given: dict[str, PlainState] = {}
-        self._plain: list[list[nn.Parameter]] | None = None  # the groups' own parameters while φ is in their place
+        self._swapped = False  # whether φ is in the place of the weights
         self._forms: list[TrainingForm] = []
+        self._depth = 0  # of calls of step() within each other
         self._hooks: tuple[RemovableHandle, RemovableHandle, RemovableHandle] | None = None
         _guard(self)
 
@@ -55,7 +56,7 @@ class StepCycle:
             self._hooks = (
                 self.optimizer.register_step_pre_hook(self._before_step),
                 self.optimizer.register_step_post_hook(self._after_step),
-                self.optimizer.register_state_dict_post_hook(_plain_dicts),
+                self.optimizer.register_state_dict_post_hook(plain_dicts),
             )
 
     def remove(self) -> None:
@@ -83,7 +84,11 @@ class StepCycle:
     # ------------------------------------------------------------------ hooks
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._depth:  # a subclass that calls super().step(): φ is in place, with the gradients that it has edited
+            self._depth += 1
+            return None
         self.abort()
+        self._depth = 1
         self._forms = self.engine.held_by(optimizer)
         if not self._forms:
             return None
@@ -93,22 +98,29 @@ class StepCycle:
             self._pull_back()
             self._swap_in()
             return None
-        closure = self._around(closure)
+        # torch's own optimizers begin with the closure; others (SAM) may look at a gradient that is there already.
+        early = not type(optimizer).__module__.startswith("torch.optim")
+        if early:
+            self._pull_back()
+        closure = self._around(closure, early)
         self._swap_in()
         if "closure" in kwargs:
             return args, {**kwargs, "closure": closure}
         return (args[0], closure, *args[2:]), kwargs
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._plain is None:
+        self._depth = max(0, self._depth - 1)
+        if self._depth or not self._swapped:
             return
         self._swap_out()
+        for form in self._forms:
+            form.after_update()
         if not _skipped(optimizer):
             self.engine.draw(self._forms)
         for form in self._forms:
             form.write_mix()
 
-    def _around(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+    def _around(self, closure: Callable[[], Any], pulled: bool) -> Callable[[], Any]:
         """The user's closure on the plain network, with φ's gradients afterwards; optimizers may call it repeatedly."""
         calls = 0
 
@@ -117,8 +129,9 @@ class StepCycle:
             nonlocal calls
             swapped = self._swap_out()
             for form in self._forms:
-                if calls:
-                    form.write_mix()  # the optimizer has moved φ since
+                if pulled or calls:  # the optimizer may have moved φ since
+                    form.after_update()
+                    form.write_mix()
                 else:
                     form.mix_in()
             calls += 1
@@ -140,10 +153,9 @@ class StepCycle:
     def _swap_in(self) -> None:
         """Groups and state: φ instead of the weights, in place (LBFGS keeps the list)."""
         by_id = {id(form.weight): form for form in self._forms}
-        groups = self.optimizer.param_groups
-        self._plain = [list(group["params"]) for group in groups]
-        for group, plain in zip(groups, self._plain, strict=True):
-            group["params"][:] = [phi for p in plain for phi in (by_id[id(p)].phi if id(p) in by_id else [p])]
+        for group in self.optimizer.param_groups:
+            group["params"][:] = [phi for p in group["params"] for phi in (by_id[id(p)].phi if id(p) in by_id else [p])]
+        self._swapped = True
         for form in self._forms:
             for phi, state in zip(form.phi, self._take_moments(form), strict=False):
                 if state:
@@ -151,11 +163,13 @@ class StepCycle:
 
     def _swap_out(self) -> bool:
         """The plain network's groups and state again; returns whether φ was in place."""
-        if self._plain is None:
+        if not self._swapped:
             return False
-        for group, plain in zip(self.optimizer.param_groups, self._plain, strict=True):
-            group["params"][:] = plain
-        self._plain = None
+        # Not from a list kept since: another engine on the same optimizer may be swapped out first, or not yet.
+        weights = {id(phi): [form.weight] * (phi is form.phi[0]) for form in self._forms for phi in form.phi}
+        for group in self.optimizer.param_groups:
+            group["params"][:] = [p for phi in group["params"] for p in weights.get(id(phi), [phi])]
+        self._swapped = False
         for form in self._forms:
             name = form.site.name
             self.moments[name] = [self.optimizer.state.pop(phi, {}) for phi in form.phi]
@@ -166,7 +180,11 @@ class StepCycle:
 
     def abort(self) -> None:
         """Put the plain groups back after a step that raised."""
-        self._swap_out()
+        self._depth = 0
+        if self._swap_out():
+            for form in self._forms:
+                if form.mixed:
+                    form.write_mix()  # φ may have moved
 
     def _take_moments(self, form: TrainingForm) -> list[State]:
         """The state of each φ for this step, out of what the optimizer holds for the weight now."""
@@ -175,110 +193,13 @@ class StepCycle:
         ours = entry is not None and (entry is self._given.get(name) or name in self.loaded)
         self.loaded.discard(name)
         if ours:
-            return [_on_device(state, form.phi[0].device) for state in self.moments.get(name, [])]
+            return [on_device(state, form.phi[0].device) for state in self.moments.get(name, [])]
         if not entry:  # nothing yet, or the user has reset the optimizer's state
             return []
         # Loaded by a checkpoint of the plain network, or written by the user: each φ starts from the weight's state.
         if all(phi.shape == form.weight.shape for phi in form.phi):
             return [copy.deepcopy(dict(entry)) for _ in form.phi]
         return []
-
-
-class PlainState(dict[str, Any]):
-    """The optimizer state that stands for a weight outside ``step()``: computed from φ's state when somebody looks."""
-
-    def __init__(self, source: Callable[[], State] | Mapping[str, Any]) -> None:
-        super().__init__()
-        self._source: Callable[[], State] | None = None
-        if callable(source):
-            self._source = source
-        else:
-            super().update(source)
-
-    def _filled(self) -> None:
-        if self._source is not None:
-            source, self._source = self._source, None
-            super().update(source())
-
-    def __getitem__(self, key: str) -> Any:
-        self._filled()
-        return super().__getitem__(key)
-
-    def __contains__(self, key: object) -> bool:
-        self._filled()
-        return super().__contains__(key)
-
-    def __iter__(self) -> Iterator[str]:
-        self._filled()
-        return super().__iter__()
-
-    def __len__(self) -> int:
-        self._filled()
-        return super().__len__()
-
-    def __bool__(self) -> bool:  # asked at every step: there is a state, whatever it is
-        return True
-
-    def get(self, key: str, default: Any = None) -> Any:
-        self._filled()
-        return super().get(key, default)
-
-    def keys(self) -> Any:
-        self._filled()
-        return super().keys()
-
-    def values(self) -> Any:
-        self._filled()
-        return super().values()
-
-    def items(self) -> Any:
-        self._filled()
-        return super().items()
-
-    def __eq__(self, other: object) -> bool:
-        self._filled()
-        return super().__eq__(other)
-
-    def __repr__(self) -> str:
-        self._filled()
-        return super().__repr__()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return OrderedDict, (list(self.items()),)  # which torch.load(weights_only=True) accepts by name
-
-
-def _plain_dicts(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """What is saved holds ordinary dictionaries."""
-    for key, entry in state_dict["state"].items():
-        if isinstance(entry, PlainState):
-            state_dict["state"][key] = dict(entry)
-
-
-@torch.no_grad()
-def plain_state(form: TrainingForm, states: list[State]) -> State:
-    """The weight's optimizer state from its φ's: tensors of the weight's shape averaged, other entries the first's.
-
-    For Majority Kernels the mean of the kernels' first moments is exactly the plain network's, by linearity. Empty where no
-    such image exists (φ of other shapes than the weight; LBFGS, which keeps everything with its first parameter).
-    """
-    shape = form.site.shape
-    if not all(states) or any(phi.shape != shape for phi in form.phi):
-        return {}
-    image: State = {}
-    for key, first in states[0].items():
-        if isinstance(first, Tensor) and first.dim() > 0:
-            image[key] = torch.stack([state[key] for state in states]).mean(0) if len(states) > 1 else first
-        else:
-            image[key] = copy.deepcopy(first)
-    return image
-
-
-def _on_device(state: State, device: torch.device) -> State:
-    """Move moments after φ when the module has been moved; step counts stay where their optimizer put them."""
-    for key, value in state.items():
-        if isinstance(value, Tensor) and value.device != device and (value.dim() > 0 or value.device.type != "cpu"):
-            state[key] = value.to(device)
-    return state
 
 
 def _skipped(optimizer: Optimizer) -> bool:

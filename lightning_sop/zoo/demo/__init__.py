@@ -1,0 +1,1 @@
+"""Digits trained plain and with Majority Kernels, over several seeds: ``python -m lightning_sop.zoo.demo``."""

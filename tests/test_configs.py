@@ -1,0 +1,105 @@
+"""Every configuration: it round-trips, it runs, and it differs from its plain twin in the callbacks alone."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lightning_sop.cli import main
+from lightning_sop.zoo import ImageClassifier, LanguageModel
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+ALL = sorted(CONFIGS.glob("*.yaml"))
+TWINS = {
+    "digits_majority": "digits_mlp",
+    "digits_resnet_majority": "digits_resnet",
+    "digits_vit_majority": "digits_vit",
+    "text_majority": "text",
+}
+SHORT = [
+    "--trainer.max_epochs=1",
+    "--trainer.limit_train_batches=2",
+    "--trainer.limit_val_batches=1",
+    "--trainer.logger=false",
+    "--trainer.enable_progress_bar=false",
+]
+
+
+@pytest.fixture(autouse=True)
+def no_words_of_pytest(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lightning-sop"])
+
+
+def printed_config(path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", str(path), "--print_config"])
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+def read(name):
+    return yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+
+
+def subset(part, whole):
+    """Whether every entry of a nested configuration is in another one."""
+    if isinstance(part, dict):
+        return isinstance(whole, dict) and all(key in whole and subset(value, whole[key]) for key, value in part.items())
+    if isinstance(part, list):
+        return len(part) == len(whole) and all(map(subset, part, whole))
+    return part == whole
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+def test_printed_configuration_round_trips(path, tmp_path, capsys):
+    printed = printed_config(path, capsys)
+    again = tmp_path / "again.yaml"
+    again.write_text(printed)
+    assert printed_config(again, capsys) == printed
+    assert subset(yaml.safe_load(path.read_text()), yaml.safe_load(printed))
+
+
+@pytest.mark.parametrize(("overparametrized", "plain"), TWINS.items())
+def test_twins_differ_in_the_callbacks_alone(overparametrized, plain):
+    ours, theirs = read(overparametrized), read(plain)
+    added = [callback["class_path"] for callback in ours["trainer"]["callbacks"][:2]]
+    assert added == ["lightning_sop.SimulatedOverparam", "lightning_sop.CollapseOnSave"]
+    del ours["trainer"]["callbacks"][:2]
+    assert ours == theirs
+
+
+def test_the_distributed_configuration_has_the_batch_of_its_twin():
+    ours, twin = read("text_majority_ddp"), read("text_majority")
+    assert ours["model"] == twin["model"]
+    assert ours["trainer"]["devices"] * ours["data"]["init_args"]["batch_size"] == twin["data"]["init_args"]["batch_size"]
+    assert {path.stem for path in ALL} == {*TWINS, *TWINS.values(), "text_majority_ddp"}
+
+
+@pytest.mark.parametrize("path", [path for path in ALL if "ddp" not in path.stem], ids=lambda path: path.stem)
+def test_configuration_runs(path, tmp_path):
+    assert main(["fit", "--config", str(path), f"--trainer.default_root_dir={tmp_path}", *SHORT]) == 0
+    files = sorted(file.name for file in tmp_path.rglob("*.ckpt"))
+    assert len(files) == (2 if path.stem in TWINS else 1)
+    if path.stem in TWINS:
+        (deploy_file,) = tmp_path.rglob("*.deploy.ckpt")
+        module = LanguageModel if path.stem.startswith("text") else ImageClassifier
+        module.load_from_checkpoint(deploy_file, strict=True)
+
+
+def test_distributed_configuration_runs(tmp_path):
+    command = [sys.executable, "-m", "lightning_sop.cli", "fit", f"--config={CONFIGS / 'text_majority_ddp.yaml'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [*command, f"--trainer.default_root_dir={tmp_path}", *SHORT],
+        check=True,
+        cwd=Path(__file__).parents[1],
+        env=environment,
+        timeout=200,
+    )
+    (deploy_file,) = tmp_path.rglob("*.deploy.ckpt")
+    tied = torch.load(deploy_file, weights_only=True)["state_dict"]
+    assert torch.equal(tied["net.head.weight"], tied["net.embedding.weight"])
