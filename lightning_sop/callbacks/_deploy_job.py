@@ -19,7 +19,7 @@ from lightning_sop.deploy.content import AVERAGED, DeployContent, dumps, from_ch
 from lightning_sop.deploy.names import Format
 from lightning_sop.deploy.prove import prove
 from lightning_sop.deploy.receipt import default_tolerance, make_receipt
-from lightning_sop.deploy.weights import State, export_state, plain_name, shared_names
+from lightning_sop.deploy.weights import State, plain_name, shared_names
 
 
 @dataclass(frozen=True)
@@ -132,9 +132,9 @@ def _recomputed_weights(trainer: pl.Trainer) -> dict[str, Tensor]:
 
 
 def _reference_state(state: Mapping[str, Any], recomputed: Mapping[str, Tensor]) -> State:
-    """The state as saved, with every recomputed weight in place of the saved one."""
-    reference = export_state(state)
+    """The state as it is being saved (not its copy in the file), with every recomputed weight in the saved one's place."""
+    reference = {plain_name(name): value for name, value in state.items()}
     for name, weight in recomputed.items():
         if name in reference:
-            reference[name] = weight.to("cpu", reference[name].dtype)
+            reference[name] = weight.to(reference[name].dtype)
     return reference

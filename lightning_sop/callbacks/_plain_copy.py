@@ -10,7 +10,8 @@ from lightning.pytorch.utilities.compile import to_uncompiled
 from torch import nn
 
 from lightning_sop.deploy.content import DeployContent
-from lightning_sop.reparam.form import TiedForm, TrainingForm
+from lightning_sop.reparam.form import TrainingForm
+from lightning_sop.reparam.tied import TiedForm
 
 
 class _Gone(nn.Module):

@@ -11,6 +11,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_sop.deploy.replay import Call, record
 
+_MOST_CALLS = 8  # of one step; each is a forward at every save
+
 
 class ProbeRecorder:
     """Keeps the first outermost call of the root module, or of the parts that its step calls directly.
@@ -63,7 +65,7 @@ class ProbeRecorder:
             self._redirected = False
             return
         self._depth += 1
-        if self._depth == 1 and all(call.module != path for call in self.calls):
+        if self._depth == 1 and len(self.calls) < _MOST_CALLS and all(call.module != path for call in self.calls):
             call = record(path, args, kwargs)
             if call is None:
                 self.missed = f"the inputs of {path or 'forward'} cannot be copied or are too large to keep"

@@ -79,8 +79,10 @@ class CollapseOnSave(Callback):
     # ------------------------------------------------------------------ hooks
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._check(trainer)
-        self._trainer = trainer
+        if stage == "fit":
+            self._check(trainer)
+        if trainer is not self._trainer:
+            self._trainer, self._written, self._links = trainer, set(), set()  # files of another run are not ours to remove
         install(trainer.strategy, self)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

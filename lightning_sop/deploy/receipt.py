@@ -1,0 +1,107 @@
+"""The receipt: plain data in every deploy file about where its weights come from and what was measured on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_sop.deploy.content import LIGHTNING_VERSION, DeployContent
+from lightning_sop.deploy.errors import CollapseError
+from lightning_sop.deploy.replay import NO_DIFFERENCE, Call, Difference
+from lightning_sop.deploy.weights import coarsest_dtype, distinct, sha256
+
+FORMAT_VERSION = 1
+
+Source = Literal["kernels", "averaged", "plain"]
+
+# Relative to the largest value of a tensor. Rounding weights costs half an epsilon each; a deep network adds it up.
+_TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was measured: file against reference.
+
+    Attributes:
+        weights: Largest difference between a weight of the file and the same weight recomputed by the method.
+        outputs: Largest difference between outputs on the probe; None where no forward could be replayed.
+        calls: The probe.
+        note: Why outputs were not compared, or which calls were left out.
+    """
+
+    weights: Difference = NO_DIFFERENCE
+    outputs: Difference | None = None
+    calls: Sequence[Call] = ()
+    note: str = ""
+
+    def check(self, tolerance: float, name: str) -> None:
+        """Refuse a file whose weights or outputs are too far from the reference.
+
+        Raises:
+            CollapseError: A relative difference is above the tolerance.
+        """
+        outputs = self.outputs or NO_DIFFERENCE
+        if self.weights.exceeds(tolerance) or outputs.exceeds(tolerance):
+            raise CollapseError(
+                f"{name} was refused: its weights are not those that were trained. Largest output difference "
+                f"{outputs.absolute:.3g} (relative {outputs.relative:.3g}, tolerance {tolerance:.3g}); largest weight "
+                f"difference {self.weights.absolute:.3g} (relative {self.weights.relative:.3g}) in "
+                f"{self.weights.name or 'no tensor'!r}."
+            )
+
+
+def default_tolerance(state: Mapping[str, Any]) -> float:
+    """Relative difference that the rounding of a state_dict's coarsest dtype explains."""
+    return _TOLERANCES.get(coarsest_dtype(state), 1e-1)
+
+
+def make_receipt(
+    content: DeployContent,
+    proof: Proof,
+    *,
+    source: Source,
+    training_file: str,
+    step: int | None,
+    epoch: int | None,
+    tolerance: float,
+) -> dict[str, Any]:
+    """Put the receipt together (its entries are described in docs/deploy.md)."""
+    tensors: list[Tensor] = distinct(content.state_dict)
+    outputs = proof.outputs
+    return {
+        "format_version": FORMAT_VERSION,
+        "source": source,
+        "training_file": training_file,
+        "global_step": step,
+        "epoch": epoch,
+        "sha256": sha256(content.state_dict),
+        "dtype": str(coarsest_dtype(content.state_dict)).removeprefix("torch."),
+        "values": sum(tensor.numel() for tensor in tensors),
+        "bytes": sum(tensor.nbytes for tensor in tensors),
+        "output_difference": None if outputs is None else outputs.absolute,
+        "output_difference_relative": None if outputs is None else outputs.relative,
+        "weight_difference": proof.weights.absolute,
+        "weight_difference_relative": proof.weights.relative,
+        "weight_difference_name": proof.weights.name,
+        "tolerance": tolerance,
+        "probe": [{"module": call.module, "shapes": call.shapes} for call in proof.calls],
+        "note": proof.note,
+        "omitted": list(content.omitted),
+        "versions": {
+            "torch": str(torch.__version__),
+            "lightning": content.extras.get(LIGHTNING_VERSION),
+            "lightning_sop": _own_version(),
+        },
+    }
+
+
+def _own_version() -> str:
+    try:
+        return metadata.version("lightning_sop")
+    except metadata.PackageNotFoundError:  # imported from a source tree that is not installed
+        return "unknown"

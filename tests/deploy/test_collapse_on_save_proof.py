@@ -1,0 +1,117 @@
+"""What CollapseOnSave measures, and that measuring disturbs nothing."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from deploy_toys import Kernels, NoForward, Toy, data, fit, trainer
+from lightning.pytorch.callbacks import (
+    ModelCheckpoint,
+)
+
+from lightning_sop.callbacks.collapse_on_save import CollapseOnSave
+from lightning_sop.deploy import CollapseError, verify
+
+
+def test_a_model_whose_forward_cannot_be_used(tmp_path):
+    callbacks = [Kernels(error=0.25), CollapseOnSave(tolerance=9.0), ModelCheckpoint(tmp_path, filename="x")]
+    fit(tmp_path, *callbacks, model=NoForward())
+    receipt = verify(tmp_path / "x.deploy.ckpt")
+    assert [call["module"] for call in receipt["probe"]] == ["net", "head"]
+    assert receipt["output_difference"] > 0.01
+
+
+def test_without_a_forward_the_weights_are_compared(tmp_path):
+    run = trainer(tmp_path, Kernels(error=0.25), CollapseOnSave())
+    run.strategy.connect(Toy())
+    run.validate(Toy(), data(), verbose=False)
+    with pytest.raises(CollapseError, match=r"'head\.weight'"):
+        run.save_checkpoint(tmp_path / "x.ckpt")
+    run = trainer(tmp_path, Kernels(), CollapseOnSave())
+    run.validate(Toy(), data(), verbose=False)
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    receipt = verify(tmp_path / "x.deploy.ckpt")
+    assert receipt["output_difference"] is None
+    assert "no forward call was recorded" in receipt["note"]
+
+
+class Uncopyable(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+
+def test_a_module_that_cannot_be_copied(tmp_path):
+    fit(tmp_path, Kernels(), CollapseOnSave(), ModelCheckpoint(tmp_path, filename="x"), model=Uncopyable())
+    receipt = verify(tmp_path / "x.deploy.ckpt")
+    assert receipt["output_difference"] is None
+    assert "cannot be copied (TypeError: cannot pickle" in receipt["note"]
+
+
+class Picky(Toy):
+    """Takes whole batches only."""
+
+    def forward(self, x):
+        if len(x) != 8:
+            raise ValueError("not a whole batch")
+        return super().forward(x)
+
+
+def test_a_batch_that_cannot_be_cut_is_replayed_whole(tmp_path):
+    fit(tmp_path, Kernels(), CollapseOnSave(), ModelCheckpoint(tmp_path, filename="x"), model=Picky())
+    receipt = verify(tmp_path / "x.deploy.ckpt")
+    assert receipt["probe"] == [{"module": "", "shapes": [[8, 4]]}]
+    assert (receipt["output_difference"], receipt["note"]) == (0, "")
+
+
+class NeedsItsTrainer(Toy):
+    def forward(self, x):
+        return super().forward(x) / self.trainer.max_epochs
+
+
+def test_a_call_that_cannot_be_replayed_is_told(tmp_path):
+    fit(tmp_path, Kernels(), CollapseOnSave(), ModelCheckpoint(tmp_path, filename="x"), model=NeedsItsTrainer())
+    assert "forward could not be replayed (RuntimeError: NeedsItsTrainer" in verify(tmp_path / "x.deploy.ckpt")["note"]
+
+
+class Trains(Toy):
+    """Notes everything that saving might disturb."""
+
+    def on_train_batch_end(self, *_):
+        self.trace.append(torch.get_rng_state())
+        self.trace.append(torch.tensor([m.training for m in self.modules()]))
+        self.trace += [value.clone() for value in self.state_dict().values()]
+        self.trace += [p.grad.clone() for p in self.parameters() if p.grad is not None]
+
+
+def test_training_is_bitwise_the_run_without(tmp_path):
+    def run(*callbacks):
+        torch.manual_seed(3)
+        model = Trains()
+        model.trace = []
+        saves = ModelCheckpoint(tmp_path / str(len(callbacks)), every_n_train_steps=1, save_top_k=-1)
+        fit(tmp_path, Kernels(), *callbacks, saves, model=model, max_epochs=2)
+        return model.trace
+
+    plain, ours = run(), run(CollapseOnSave())
+    assert len(list((tmp_path / "1").glob("*.deploy.ckpt"))) == 6
+    assert len(plain) == len(ours)
+    assert all(torch.equal(a, b) for a, b in zip(plain, ours, strict=True))
+
+
+def test_unused_layers_are_compared_too(tmp_path):
+    class Idle(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.idle = torch.nn.Linear(3, 3)
+
+    class IdleKernels(Kernels):
+        def collapsed_weights(self):
+            weights = super().collapsed_weights()
+            return {**weights, "idle.weight": weights["idle.weight"] + 0.5}
+
+    run = trainer(tmp_path, IdleKernels(), CollapseOnSave(), ModelCheckpoint(tmp_path, filename="x"))
+    with pytest.raises(RuntimeError, match=r"in 'idle\.weight'"):
+        run.fit(Idle(), data())

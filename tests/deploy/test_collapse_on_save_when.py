@@ -1,0 +1,160 @@
+"""Beside which checkpoints CollapseOnSave writes, and what becomes of the files."""
+
+from __future__ import annotations
+
+import os
+import pickle
+
+import fsspec
+import pytest
+from deploy_toys import Extras, Kernels, Toy, data, differing, fit, names, trainer
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import (
+    ModelCheckpoint,
+)
+from lightning.pytorch.plugins import AsyncCheckpointIO
+from lightning.pytorch.tuner import Tuner
+
+from lightning_sop.callbacks.collapse_on_save import CollapseOnSave
+from lightning_sop.deploy import CollapseError, read, verify
+
+
+def test_top_k_keeps_a_deploy_file_for_every_checkpoint_and_no_other(tmp_path):
+    checkpoints = ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=2, filename="{epoch}-{val_loss:.2f}")
+    fit(tmp_path, Kernels(), CollapseOnSave(), checkpoints, max_epochs=4)
+    stems = {name.removesuffix(".deploy.ckpt") for name in names(tmp_path) if ".deploy." in name}
+    assert len(stems) == 2
+    assert stems == {name.removesuffix(".ckpt") for name in names(tmp_path) if ".deploy." not in name}
+
+
+@pytest.mark.parametrize("io", [None, AsyncCheckpointIO()], ids=["sync", "async"])
+@pytest.mark.parametrize("save_last", [True, "link"])
+def test_last(tmp_path, save_last, io):
+    checkpoints = ModelCheckpoint(tmp_path, save_last=save_last, filename="{step}")
+    fit(tmp_path, CollapseOnSave(), checkpoints, max_epochs=3, plugins=[io] if io else None)
+    assert names(tmp_path) == ["last.ckpt", "last.deploy.ckpt", "step=9.ckpt", "step=9.deploy.ckpt"]
+    assert (tmp_path / "last.deploy.ckpt").is_symlink() == (tmp_path / "last.ckpt").is_symlink() == (save_last == "link")
+    assert verify(tmp_path / "last.deploy.ckpt")["global_step"] == 9
+    if save_last == "link":
+        assert os.readlink(tmp_path / "last.deploy.ckpt") == "step=9.deploy.ckpt"
+
+
+def test_a_link_whose_target_was_removed_goes_too(tmp_path):
+    run, _ = fit(tmp_path, CollapseOnSave(), ModelCheckpoint(tmp_path, save_last="link", filename="x"))
+    run.strategy.remove_checkpoint(str(tmp_path / "x.ckpt"))
+    run.callbacks[0].sync()
+    assert names(tmp_path) == ["last.ckpt"]  # Lightning's own link, to nowhere
+
+
+def test_resuming_from_last_takes_the_training_file(tmp_path):
+    fit(tmp_path, CollapseOnSave(), ModelCheckpoint(tmp_path, save_last=True, filename="x"))
+    checkpoints = ModelCheckpoint(tmp_path, save_last=True, filename="x")
+    run = trainer(tmp_path, CollapseOnSave(), checkpoints, max_epochs=2)
+    run.fit(Toy(), data(), data(), ckpt_path="last")
+    assert run.global_step == 6
+
+
+@pytest.mark.parametrize("io", [None, AsyncCheckpointIO()], ids=["sync", "async"])
+def test_only_best(tmp_path, io):
+    checkpoints = ModelCheckpoint(
+        tmp_path, monitor="val_loss", save_top_k=-1, save_last=True, filename="{epoch}", auto_insert_metric_name=False
+    )
+    fit(tmp_path, CollapseOnSave(only="best"), checkpoints, max_epochs=4, plugins=[io] if io else None)
+    best = os.path.basename(checkpoints.best_model_path).removesuffix(".ckpt")
+    assert [name for name in names(tmp_path) if ".deploy." in name] == [f"{best}.deploy.ckpt"]
+
+
+@pytest.mark.parametrize("save_last", [True, "link"])
+def test_only_last(tmp_path, save_last):
+    checkpoints = ModelCheckpoint(tmp_path, save_last=save_last, save_top_k=-1, filename="{step}")
+    fit(tmp_path, CollapseOnSave(only="last"), checkpoints, max_epochs=3)
+    expected = ["last.deploy.ckpt"] if save_last is True else ["last.deploy.ckpt", "step=9.deploy.ckpt"]
+    assert [name for name in names(tmp_path) if ".deploy." in name] == expected
+
+
+def test_weights_only_and_every_n_steps(tmp_path):
+    checkpoints = ModelCheckpoint(tmp_path, save_weights_only=True, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+    fit(tmp_path, Kernels(), CollapseOnSave(), checkpoints, model=Extras(), max_epochs=2)
+    assert [name for name in names(tmp_path) if ".deploy." in name] == [f"step={n}.deploy.ckpt" for n in (2, 4, 6)]
+    assert read(tmp_path / "step=6.deploy.ckpt").extras["vocabulary"] == ["a", "b"]
+
+
+def test_the_training_file_can_be_dropped_but_never_with_a_refusal(tmp_path):
+    kernels = Kernels()
+    run, _ = fit(tmp_path, kernels, CollapseOnSave(keep_training_file=False), ModelCheckpoint(tmp_path, filename="x"))
+    assert names(tmp_path) == ["x.deploy.ckpt"]
+    kernels.error = 0.25
+    with pytest.raises(CollapseError):
+        run.save_checkpoint(tmp_path / "y.ckpt")
+    assert names(tmp_path) == ["x.deploy.ckpt", "y.ckpt"]
+
+
+def test_manual_saves_with_any_suffix_and_after_fit(tmp_path):
+    run, model = fit(tmp_path, CollapseOnSave(), enable_checkpointing=False)
+    for name in ("a.pth", "b", "c=0.25"):
+        run.save_checkpoint(tmp_path / name)
+    assert names(tmp_path) == ["a.deploy.ckpt", "a.pth", "b", "b.deploy.ckpt", "c=0.25", "c=0.25.deploy.ckpt"]
+    assert not differing(model, Toy.load_from_checkpoint(tmp_path / "c=0.25.deploy.ckpt"))
+    assert verify(tmp_path / "b.deploy.ckpt")["output_difference"] == 0
+
+
+def test_remote_folder(tmp_path):
+    run, _ = fit(tmp_path, CollapseOnSave(), enable_checkpointing=False)
+    run.save_checkpoint("memory://collapse-on-save/x.ckpt")
+    assert verify("memory://collapse-on-save/x.deploy.ckpt")["training_file"] == "x.ckpt"
+    run.strategy.remove_checkpoint("memory://collapse-on-save/x.ckpt")
+    assert fsspec.filesystem("memory").ls("/collapse-on-save") == []
+
+
+class OwnIO(TorchCheckpointIO):
+    pass
+
+
+def test_a_users_own_checkpoint_io(tmp_path):
+    fit(tmp_path, CollapseOnSave(), ModelCheckpoint(tmp_path, filename="x"), plugins=[OwnIO()])
+    assert names(tmp_path) == ["x.ckpt", "x.deploy.ckpt"]
+
+
+def test_none_for_the_tuners_files(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(os, "replace", lambda a, b: written.append(b))
+    run = trainer(tmp_path, CollapseOnSave(), enable_checkpointing=False)
+    model = Toy()
+    model.lr = 0.1
+    Tuner(run).lr_find(model, data(), num_training=3, update_attr=False)
+    assert written == []
+
+
+def test_another_trainer_leaves_the_files_of_the_first_alone(tmp_path):
+    collapse = CollapseOnSave(only="best")
+    for name in "ab":
+        fit(tmp_path / name, collapse, ModelCheckpoint(tmp_path / name, filename="x"))
+    assert names(tmp_path / "a") == names(tmp_path / "b") == ["x.ckpt", "x.deploy.ckpt"]
+
+
+def test_several_fits_validate_and_test(tmp_path):
+    collapse = CollapseOnSave()
+    run, model = fit(tmp_path, Kernels(), collapse, ModelCheckpoint(tmp_path, filename="x"))
+    outer = run.strategy.checkpoint_io
+    run.validate(model, data(), verbose=False)
+    run.fit_loop.max_epochs = 2
+    run.fit(model, data(), data())
+    run.test(model, data(), verbose=False)
+    assert run.strategy.checkpoint_io is outer
+    assert outer.writers == [collapse]
+    assert {name for name in names(tmp_path) if "v1" not in name} == {"x.ckpt", "x.deploy.ckpt"}
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    pickle.loads(pickle.dumps(collapse))
+
+
+class Breaks(Toy):
+    def on_train_batch_start(self, batch, batch_idx):
+        if batch_idx == 2:
+            raise RuntimeError("broken")
+
+
+def test_a_checkpoint_saved_on_an_exception_has_one_too(tmp_path):
+    saves = ModelCheckpoint(tmp_path, filename="{step}", save_on_exception=True, save_last="link")
+    with pytest.raises(RuntimeError, match="broken"):
+        fit(tmp_path, CollapseOnSave(), saves, model=Breaks())
+    assert names(tmp_path) == ["last.ckpt", "last.deploy.ckpt", "step=2.ckpt", "step=2.deploy.ckpt"]
