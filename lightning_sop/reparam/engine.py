@@ -106,14 +106,10 @@ class Engine:
         known = [cycle for cycle in self._cycles if cycle.optimizer in self.optimizers or cycle.installed]
         self._cycles = known
         for index, optimizer in enumerate(self.optimizers):
-            if not getattr(type(optimizer).step, "hooked", False):
-                raise TypeError(
-                    f"{type(optimizer).__name__}.step does not run torch's optimizer step hooks, through which weights in "
-                    "training form are updated. Its class must call torch.optim.Optimizer.__init__."
-                )
             held = self.held_by(optimizer)
             self.build(held)
             if held:
+                _check_optimizer(optimizer)
                 cycle = self.cycle_of(optimizer)
                 if index < len(self._loaded_moments):
                     _set_moments(cycle, self._loaded_moments[index])
@@ -151,7 +147,10 @@ class Engine:
     def held_by(self, optimizer: Optimizer) -> list[TrainingForm]:
         """The forms whose weights are in the optimizer's groups, in the plan's order; frozen ones only if they are built."""
         ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        held = [form for form in self.forms.values() if id(form.weight) in ids]
+        held = [form for form in self.forms.values() if form.has_weight and id(form.weight) in ids]
+        lost = [form for form in self.forms.values() if not form.has_weight]
+        if held and lost:  # not where the optimizer is another model's: the steps of all of them come by here
+            _ = lost[0].weight  # raises, by name
         return [form for form in held if form.built or form.weight.requires_grad]
 
     def cycle_of(self, optimizer: Optimizer) -> StepCycle:
@@ -185,7 +184,8 @@ class Engine:
             form = self.forms[row.name]
             if form.built:
                 self._catch_up(form)
-                exact = [phi.detach().double() for phi in form.phi]
+                device = "cpu" if form.phi[0].device.type == "mps" else form.phi[0].device  # which has no float64
+                exact = [phi.detach().to(device, torch.float64) for phi in form.phi]
                 for name in row.names:
                     weights[name] = form.method.collapse(exact, form.site).detach()
         return weights
@@ -233,6 +233,18 @@ class Engine:
 def live_engines() -> list[Engine]:
     """The engines that are training at present."""
     return list(_live)
+
+
+def _check_optimizer(optimizer: Optimizer) -> None:
+    """Refuse optimizers through which φ cannot be updated."""
+    name = type(optimizer).__name__
+    if not getattr(type(optimizer).step, "hooked", False):
+        raise TypeError(
+            f"{name}.step does not run torch's optimizer step hooks, through which weights in training form are updated. "
+            "Its class must call torch.optim.Optimizer.__init__."
+        )
+    if any(base.__name__ == "ZeroRedundancyOptimizer" for base in type(optimizer).__mro__):
+        raise TypeError(f"{name} shards parameters over the ranks, and φ cannot follow. Use the optimizer that it wraps.")
 
 
 def _set_moments(cycle: StepCycle, moments: Mapping[str, Any]) -> None:

@@ -92,7 +92,7 @@ class MajorityKernels(Method):
     def build(self, weight: Tensor, site: Site, generator: torch.Generator, *, near: bool = False) -> list[Tensor]:
         """One tensor of shape ``(k, *weight.shape)`` whose mean over k is the weight."""
         weight = weight.detach()
-        stack = weight.new_empty((self.factor, *weight.shape))
+        stack = _stack_like(weight, self.factor)
         scale = self.spread if near or self.init == "spread" else math.sqrt(self.factor)
         if self.factor == 1 or scale == 0:
             return [stack.copy_(weight)]
@@ -129,12 +129,12 @@ class MajorityKernels(Method):
             return torch.nn.functional.one_hot(choice, self.factor).double().T
         if self.draw_name == "softmax_normal":
             return torch.randn(shape, generator=generator, dtype=torch.float64).softmax(1).T
+        uniform = 1 - torch.rand(shape, generator=generator, dtype=torch.float64)  # in (0, 1]: the sum is never zero
         if self.draw_name == "dirichlet":
-            draws = torch._standard_gamma(torch.full(shape, self.alpha, dtype=torch.float64), generator=generator)
-            draws = draws.clamp_min(torch.finfo(torch.float64).tiny)  # a tiny alpha can underflow to all zeros
-        else:
-            draws = 1 - torch.rand(shape, generator=generator, dtype=torch.float64)  # in (0, 1]: the sum is never zero
-        return (draws / draws.sum(1, keepdim=True)).T
+            # Gamma(a) is Gamma(a + 1) times U^(1/a), here as logarithms: for a small alpha all of them would underflow.
+            gamma = torch._standard_gamma(torch.full(shape, self.alpha + 1, dtype=torch.float64), generator=generator)
+            return (gamma.log() + uniform.log() / self.alpha).softmax(1).T
+        return (uniform / uniform.sum(1, keepdim=True)).T
 
     def compose(self, phi: Sequence[Tensor], mix: Tensor, site: Site) -> Tensor:
         """Σ_i v_i W_i."""
@@ -166,7 +166,7 @@ class MajorityKernels(Method):
     def write(self, weight: Tensor, phi: Sequence[Tensor], mix: Tensor | None, site: Site) -> None:
         """As the default, without temporaries: this runs once per weight and step."""
         low_precision = torch.finfo(weight.dtype).bits < 32
-        if mix is None or mix.dim() > 1 or low_precision or not weight.is_contiguous():
+        if mix is None or mix.dim() > 1 or low_precision or weight.stride() != phi[0].stride():
             kernels = [kernel.float() for kernel in phi] if low_precision else phi
             weight.copy_(self.collapse(kernels, site) if mix is None else self.compose(kernels, mix, site))
             return
@@ -194,3 +194,11 @@ class MajorityKernels(Method):
     def expanded_numel(self, site: Site) -> int:
         """K times the weight."""
         return self.factor * math.prod(site.shape)
+
+
+def _stack_like(weight: Tensor, factor: int) -> Tensor:
+    """Empty memory for the kernels, each with the weight's own strides (channels_last stays fast)."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    dense = weight.dim() in formats and weight.is_contiguous(memory_format=formats[weight.dim()])
+    strides = weight.stride() if dense else torch.empty(weight.shape, device="meta").stride()
+    return weight.new_empty_strided((factor, *weight.shape), (weight.numel(), *strides))

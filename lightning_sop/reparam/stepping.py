@@ -53,6 +53,7 @@ class StepCycle:
     def install(self) -> None:
         """Hang on the optimizer's steps (once)."""
         if self._hooks is None:
+            self._forget_size()
             self._hooks = (
                 self.optimizer.register_step_pre_hook(self._before_step),
                 self.optimizer.register_step_post_hook(self._after_step),
@@ -67,12 +68,17 @@ class StepCycle:
         for hook in self._hooks:
             hook.remove()
         self._hooks = None
+        self._forget_size()
         state = self.optimizer.state
         for weight, entry in list(state.items()):
             if isinstance(entry, PlainState):
                 state[weight] = dict(entry)
         self.loaded.update(self.moments)
         self._given.clear()
+
+    def _forget_size(self) -> None:
+        if isinstance(self.optimizer, torch.optim.LBFGS):
+            self.optimizer._numel_cache = None  # it counts its parameters' values once
 
     def innermost(self) -> None:
         """Run after the user's pre-hooks and before their post-hooks, whenever those were registered."""
@@ -197,7 +203,8 @@ class StepCycle:
         if not entry:  # nothing yet, or the user has reset the optimizer's state
             return []
         # Loaded by a checkpoint of the plain network, or written by the user: each φ starts from the weight's state.
-        if all(phi.shape == form.weight.shape for phi in form.phi):
+        per_parameter = not isinstance(self.optimizer, torch.optim.LBFGS)  # which keeps everything with its first one
+        if per_parameter and all(phi.shape == form.weight.shape for phi in form.phi):
             return [copy.deepcopy(dict(entry)) for _ in form.phi]
         return []
 

@@ -370,3 +370,44 @@ def test_batchnorm_is_estimated_for_the_collapsed_weights(tmp_path: Path) -> Non
     loader = model.train_dataloader()
     means = torch.stack([model.net[0](inputs).mean(0) for inputs, _ in loader])
     torch.testing.assert_close(model.net[1].running_mean, means.mean(0).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_frozen_weights_in_an_optimizer_stay_untouched(tmp_path: Path) -> None:
+    """``Adam(self.parameters())`` holds a frozen backbone, too; mixing must not disturb it."""
+
+    class Backbone(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net[0].weight.requires_grad_(False)
+
+        def on_train_epoch_start(self) -> None:
+            self.net[4].weight.requires_grad_(self.current_epoch == 0)  # and one that is frozen after the first epoch
+
+        def on_after_backward(self) -> None:
+            assert self.net[4].weight_form.mixed == (self.current_epoch == 0)
+
+    model = seeded(Backbone)
+    before = model.net[0].weight.detach().clone()
+    run = fit(model, tmp_path, overparam(3))
+    assert torch.equal(model.net[0].weight, before)
+    torch.testing.assert_close(model.net[4].weight.detach(), mean_of(run, "net.4.weight"))
+
+
+def test_channels_last(tmp_path: Path) -> None:
+    class Convolution(Classifier):
+        def __init__(self) -> None:
+            super().__init__(shuffle=False)
+            self.net = nn.Sequential(nn.Unflatten(1, (1, 2, 5)), nn.Conv2d(1, 4, 3, padding=1), nn.Flatten(), nn.Linear(40, 5))
+
+    losses = []
+    for last in (True, False):
+        model = seeded(Convolution)
+        if last:
+            model = model.to(memory_format=torch.channels_last)
+        run = trainer(tmp_path, overparam(3, seed=1))
+        run.fit(model)
+        model.to(memory_format=torch.channels_last)
+        run.fit_loop.max_epochs = 3
+        run.fit(model)
+        losses.append(model.losses)
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
