@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import rich
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -18,6 +20,7 @@ from lightning_sop.reparam.base import Method
 from lightning_sop.reparam.engine import Engine
 from lightning_sop.reparam.functional import resolve_rules, resolve_seed
 from lightning_sop.reparam.select import Plan, Rule, make_plan
+from lightning_sop.reparam.table import plan_table
 
 #: Strategies that shard or own the parameters, under which a weight cannot be composed from φ where it lies.
 _UNSUPPORTED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy", "XLAStrategy", "SingleDeviceXLAStrategy")
@@ -114,7 +117,9 @@ class SimulatedOverparam(Callback):
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.engine is None or self._model is not pl_module:
-            seed = trainer.strategy.broadcast(resolve_seed(self.seed))
+            # By default two callbacks in one Trainer draw differently.
+            seed = resolve_seed(None) ^ zlib.crc32(self.state_key.encode()) if self.seed is None else self.seed
+            seed = trainer.strategy.broadcast(seed)
             self.engine = Engine(pl_module, make_plan(pl_module, self.rules), seed)
             self._model = pl_module
         self.engine.attach()
@@ -147,9 +152,7 @@ class SimulatedOverparam(Callback):
         engine = self._running()
         engine.start(trainer.optimizers)
         if self.verbose and trainer.is_global_zero:
-            import rich
-
-            rich.print(engine.plan)
+            rich.print(plan_table(engine.plan, brief=True))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Mixed weights for the training forward."""

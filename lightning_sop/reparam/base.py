@@ -114,4 +114,5 @@ class Method(ABC):
         """The method and its settings on one line, for tables and ``print(model)``."""
         return f"{type(self).__name__}({', '.join(f'{key}={value}' for key, value in self.settings.items())})"
 
-    __repr__ = describe
+    def __repr__(self) -> str:
+        return self.describe()

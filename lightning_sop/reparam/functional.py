@@ -116,6 +116,11 @@ def collapsed_from_state(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Collapsed weights in float64 from a saved engine state, under each of their names, without a model."""
     weights = {}
     for saved in state["forms"].values():
+        if saved["method"] not in METHODS:
+            raise ValueError(
+                f"'{saved['names'][0]}' was trained as {saved['method']}, which is not among lightning_sop.reparam.METHODS "
+                f"({', '.join(METHODS)}). Import the module that adds it there first."
+            )
         method = METHODS[saved["method"]](**saved["settings"])
         site = Site(saved["names"][0], tuple(saved["shape"]), saved["out_axis"])
         phi = method.parameters([tensor.double() for tensor in saved["storage"]])

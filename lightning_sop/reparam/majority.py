@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
@@ -88,6 +89,16 @@ class MajorityKernels(Method):
     def settings(self) -> dict[str, Any]:
         """The number of kernels: the only setting that the shape of a checkpoint depends on."""
         return {"factor": self.factor}
+
+    def describe(self) -> str:
+        """The factor, and what differs from the defaults."""
+        chosen = {"factor": self.factor}
+        for name, parameter in inspect.signature(MajorityKernels).parameters.items():
+            value = getattr(self, {"draw": "draw_name"}.get(name, name))
+            default = float(self.factor) if name == "gradient_scale" else parameter.default
+            if name != "factor" and value != default:
+                chosen[name] = value
+        return f"MajorityKernels({', '.join(f'{name}={value}' for name, value in chosen.items())})"
 
     def build(self, weight: Tensor, site: Site, generator: torch.Generator, *, near: bool = False) -> list[Tensor]:
         """One tensor of shape ``(k, *weight.shape)`` whose mean over k is the weight."""

@@ -144,7 +144,7 @@ def make_plan(model: nn.Module, rules: Sequence[Rule]) -> Plan:
     plan = Plan(rows)
     if not plan.converted:
         reasons = "\n".join(f"  {row.name} ({row.layer}): {row.reason}" for row in rows[:20]) or "  (it has no parameters)"
-        raise ValueError(f"SimulatedOverparam: no weight of {type(model).__name__} is converted.\n{reasons}")
+        raise ValueError(f"no weight of {type(model).__name__} is converted.\n{reasons}")
     return plan
 
 
@@ -272,5 +272,5 @@ def _check_patterns(rules: Sequence[Rule], names: Sequence[str]) -> None:
                 if not any(matches(pattern, name) for name in names):
                     shown = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
                     raise ValueError(
-                        f"SimulatedOverparam: the {kind} pattern '{pattern}' matches no parameter. The model has: {shown}"
+                        f"the {kind} pattern '{pattern}' matches no parameter. The model has: {shown}"
                     )

@@ -155,7 +155,7 @@ def test_subprocess_launcher(tmp_path: Path) -> None:
     assert same_tensors(one["ours"], two["ours"]) and one["losses"] != two["losses"]
 
 
-@pytest.mark.parametrize("name", ["FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"])
+@pytest.mark.parametrize("name", ["FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy", "XLAStrategy"])
 def test_sharding_strategies_are_refused_by_name(name: str, tmp_path: Path) -> None:
     class Pretend(pl.strategies.SingleDeviceStrategy):
         pass
