@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sop.reparam.base import Method, Site
+from lightning_sop.reparam.bits import same_bits
 from lightning_sop.reparam.names import owner_key
 
 
@@ -34,6 +34,7 @@ class TrainingForm(nn.Module):
     _written: Tensor | None  # what was last written into the weight, to notice writes by others
     _written_version: int
     _version_guard: tuple[Any, int] | None
+    _mixed_grad: tuple[Tensor, int] | None  # the gradient, as it was when a mix gave way to the collapsed weight
 
     def __init__(self, owner: nn.Module, name: str, method: Method, site: Site, seed: int) -> None:
         self.__dict__["live"] = False
@@ -62,6 +63,11 @@ class TrainingForm(nn.Module):
             raise RuntimeError(
                 f"{self.site.name} is no longer a parameter of its layer (pruned, parametrized or deleted after "
                 f"SimulatedOverparam was attached). Do that before training starts, or exclude '{self.site.name}'."
+            )
+        if weight.shape != self.site.shape:
+            raise RuntimeError(
+                f"{self.site.name} has become of shape {tuple(weight.shape)}; its training form is of {self.site.shape}. "
+                f"Change layers before training starts, or exclude '{self.site.name}'."
             )
         return weight
 
@@ -113,14 +119,15 @@ class TrainingForm(nn.Module):
         """Forget φ: the weight is an ordinary one again."""
         self.storage, self.phi = [], []
         self._gradients = []
-        self.mix = self._written = self._version_guard = None
+        self.mix = self._written = self._version_guard = self._mixed_grad = None
         self.mixed = False
 
-    @torch.no_grad()
     def collapsed(self) -> Tensor:
         """The deployable weight, a new tensor of the weight's dtype; the weight itself is not touched."""
-        weight = torch.empty_like(self.weight)
-        self.method.write(weight, self.phi, None, self.site)
+        # What is saved during Lightning's evaluation is an ordinary tensor, too; leaving inference mode enables gradients.
+        with torch.inference_mode(False), torch.no_grad():
+            weight = torch.empty_like(self.weight)
+            self.method.write(weight, self.phi, None, self.site)
         return weight
 
     # ------------------------------------------------------------------ what the weight holds
@@ -149,7 +156,7 @@ class TrainingForm(nn.Module):
             return
         self.method.write(weight, self.phi, self.mix, self.site)
         self._remember(weight)
-        self.mixed, self._version_guard = True, None
+        self.mixed, self._version_guard, self._mixed_grad = True, None, None
 
     @torch.no_grad()
     def mean_in(self) -> None:
@@ -159,9 +166,15 @@ class TrainingForm(nn.Module):
         changed = self.follow()
         weight = self.weight
         guard = torch.autograd.grad_mode._unsafe_preserve_version_counter(weight)
-        self.method.write(weight, self.phi, None, self.site)
-        self._mark_collapsed()
+        self.write_mean()
         self._version_guard = None if changed else (guard, weight._version)
+        self._mixed_grad = None if weight.grad is None else (weight.grad, weight.grad._version)
+
+    @torch.no_grad()
+    def write_mean(self) -> None:
+        """Write the collapsed weight; nobody else has written the weight since this form last did."""
+        self.method.write(self.weight, self.phi, None, self.site)
+        self._mark_collapsed()
 
     @torch.no_grad()
     def follow(self) -> bool:
@@ -173,7 +186,7 @@ class TrainingForm(nn.Module):
             self.to(weight.device, weight.dtype)
         if weight.device.type == "cpu":
             # By value and not by version counter: writes through ``.data`` do not count as versions.
-            changed = not _same_bits(weight, self._written)
+            changed = not same_bits(weight, self._written)
             if not changed:
                 return False
         else:  # asking for the value would make the host wait for the accelerator at every step: shift, by zero perhaps
@@ -192,7 +205,7 @@ class TrainingForm(nn.Module):
 
     def _mark_collapsed(self) -> None:
         self._remember(self.weight)
-        self.mixed, self._version_guard = False, None
+        self.mixed, self._version_guard, self._mixed_grad = False, None, None
 
     @torch.no_grad()
     def accept_loaded(self) -> None:
@@ -217,10 +230,14 @@ class TrainingForm(nn.Module):
                 parameter.grad = None
             return
         with torch.no_grad():
-            mix = self.mix if self.mixed else None
+            mix = self.mix if self.mixed or self._grad_is_of_the_mix(grad) else None
             pulled = self.method.pull_back(self.phi, mix, grad, self.site, self.gradients())
         for parameter, value in zip(self.phi, pulled, strict=True):
             parameter.grad = value
+
+    def _grad_is_of_the_mix(self, grad: Tensor) -> bool:
+        """Whether the gradient was there, as it is now, when ``eval()`` took the mix away (before ``step()``)."""
+        return self._mixed_grad is not None and self._mixed_grad[0] is grad and self._mixed_grad[1] == grad._version
 
     @torch.no_grad()
     def after_update(self) -> None:
@@ -273,33 +290,16 @@ class TrainingForm(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state.update(phi=[], _gradients=[], live=False, engine=None, _version_guard=None)  # phi is made again from storage
-        return state
+        weight = self._owner._parameters.get(self._name)
+        dropped = {"phi": [], "_gradients": [], "live": False, "engine": None, "_version_guard": None, "_mixed_grad": None}
+        return {**self.__dict__, **dropped, "weight": weight}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        weight = state.pop("weight")  # the copy's own; its layer is not complete at this moment
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if self.storage:
-            self.set_storage(self.storage)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> TrainingForm:
-        twin = TrainingForm.__new__(TrainingForm)
-        memo[id(self)] = twin
-        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        weight = memo.get(id(self.weight))
-        if self.mixed and weight is not None:  # a copy is the network to deploy, whatever the original is doing
+            self.set_storage(self.storage)  # phi: views, not copied
+        if self.mixed and weight is not None:  # a copy is the network to deploy, whatever the original was doing
             with torch.no_grad():
-                weight.copy_(self.collapsed())
-            twin.mixed, twin._written = False, weight.detach().clone()
-        return twin
-
-
-def _same_bits(left: Tensor, right: Tensor) -> bool:
-    """``torch.equal`` on the bits, eight bytes at a time, which takes half its time; it runs once per weight and step."""
-    pair = []
-    for tensor in (left, right):
-        offset = int(tensor.storage_offset()) * tensor.element_size()
-        if not tensor.is_contiguous() or (tensor.nbytes | offset) % 8:
-            return torch.equal(left, right)
-        pair.append(tensor.detach().reshape(-1).view(torch.int64))
-    return torch.equal(*pair)
+                self.method.write(weight, self.phi, None, self.site)
+            self.mixed, self._written = False, weight.detach().clone()

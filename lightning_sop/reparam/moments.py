@@ -23,6 +23,7 @@ class PlainState(dict[str, Any]):
     def __init__(self, source: Callable[[], State] | Mapping[str, Any]) -> None:
         super().__init__()
         self._source: Callable[[], State] | None = None
+        self._as_filled: dict[str, tuple[Any, int]] = {}
         if callable(source):
             self._source = source
         else:
@@ -32,6 +33,21 @@ class PlainState(dict[str, Any]):
         if self._source is not None:
             source, self._source = self._source, None
             super().update(source())
+            self._as_filled = {key: (value, _version(value)) for key, value in super().items()}
+
+    @property
+    def edited(self) -> bool:
+        """Whether somebody has changed an entry, or written into one's tensor."""
+        if self._source is not None:
+            return False
+        now = {key: (value, _version(value)) for key, value in super().items()}
+        return now.keys() != self._as_filled.keys() or any(
+            now[key][0] is not value or now[key][1] != version for key, (value, version) in self._as_filled.items()
+        )
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._filled()
+        super().__setitem__(key, value)
 
     def __getitem__(self, key: str) -> Any:
         self._filled()
@@ -85,6 +101,10 @@ def plain_dicts(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     for key, entry in state_dict["state"].items():
         if isinstance(entry, PlainState):
             state_dict["state"][key] = dict(entry)
+
+
+def _version(value: Any) -> int:
+    return value._version if isinstance(value, Tensor) else 0
 
 
 @torch.no_grad()

@@ -140,7 +140,7 @@ def make_plan(model: nn.Module, rules: Sequence[Rule]) -> Plan:
     """
     shared = _shared_parameters(model)
     rows = tuple(_decide(model, parameter, names, rules) for parameter, names in shared)
-    _check_patterns(rules, [name for _, names in shared for name in names])
+    _check_patterns(model, rules, [name for _, names in shared for name in names])
     plan = Plan(rows)
     if not plan.converted:
         reasons = "\n".join(f"  {row.name} ({row.layer}): {row.reason}" for row in rows[:20]) or "  (it has no parameters)"
@@ -265,12 +265,14 @@ def _is_a(layer: nn.Module, types: Sequence[str]) -> bool:
     return any(base.__name__ in types for base in type(layer).__mro__)
 
 
-def _check_patterns(rules: Sequence[Rule], names: Sequence[str]) -> None:
+def _check_patterns(model: nn.Module, rules: Sequence[Rule], names: Sequence[str]) -> None:
     for rule in rules:
+        for layer in rule.layers or ():
+            if not any(_is_a(module, [layer]) for module in model.modules()):
+                present = ", ".join(sorted({type(module).__name__ for module in model.modules()}))
+                raise ValueError(f"the layer type '{layer}' matches no layer. The model has: {present}")
         for kind, patterns in (("include", rule.include or ()), ("exclude", rule.exclude)):
             for pattern in patterns:
                 if not any(matches(pattern, name) for name in names):
                     shown = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
-                    raise ValueError(
-                        f"the {kind} pattern '{pattern}' matches no parameter. The model has: {shown}"
-                    )
+                    raise ValueError(f"the {kind} pattern '{pattern}' matches no parameter. The model has: {shown}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import functools
 import types
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
@@ -43,7 +42,7 @@ class StepCycle:
         self._forms: list[TrainingForm] = []
         self._depth = 0  # of calls of step() within each other
         self._hooks: tuple[RemovableHandle, RemovableHandle, RemovableHandle] | None = None
-        _guard(self)
+        self._step_before: Any = None  # the optimizer's own step() while ours is in its place
 
     @property
     def installed(self) -> bool:
@@ -54,6 +53,7 @@ class StepCycle:
         """Hang on the optimizer's steps (once)."""
         if self._hooks is None:
             self._forget_size()
+            self._guard()
             self._hooks = (
                 self.optimizer.register_step_pre_hook(self._before_step),
                 self.optimizer.register_step_post_hook(self._after_step),
@@ -68,6 +68,7 @@ class StepCycle:
         for hook in self._hooks:
             hook.remove()
         self._hooks = None
+        self._unguard()
         self._forget_size()
         state = self.optimizer.state
         for weight, entry in list(state.items()):
@@ -86,6 +87,31 @@ class StepCycle:
             before, after, _ = self._hooks
             cast(OrderedDict[int, Any], self.optimizer._optimizer_step_pre_hooks).move_to_end(before.id)
             cast(OrderedDict[int, Any], self.optimizer._optimizer_step_post_hooks).move_to_end(after.id, last=False)
+
+    def _guard(self) -> None:
+        """Wrap the optimizer's ``step`` so that an exception inside it leaves the plain groups (hooks alone cannot)."""
+        own = self.optimizer.__dict__.get("step")
+        step = self.optimizer.step
+
+        def guarded(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return step(*args, **kwargs)
+            except BaseException:
+                self.abort()
+                raise
+
+        functools.update_wrapper(guarded, step)  # keeps the mark by which schedulers know a wrapped step
+        # A bound method, because learning-rate schedulers wrap ``step.__func__``.
+        method = self.optimizer.__dict__["step"] = types.MethodType(guarded, self.optimizer)
+        self._step_before = own, method
+
+    def _unguard(self) -> None:
+        own, method = self._step_before
+        if self.optimizer.__dict__.get("step") is method:  # else somebody has wrapped it in turn: harmless, it stays
+            if own is None:
+                del self.optimizer.__dict__["step"]
+            else:
+                self.optimizer.__dict__["step"] = own
 
     # ------------------------------------------------------------------ hooks
 
@@ -124,7 +150,10 @@ class StepCycle:
         if not _skipped(optimizer):
             self.engine.draw(self._forms)
         for form in self._forms:
-            form.write_mix()
+            if form.mixed or form.training:
+                form.write_mix()
+            else:  # stepped between eval() and train(): whoever looks at the network now expects the collapsed one
+                form.write_mean()
 
     def _around(self, closure: Callable[[], Any], pulled: bool) -> Callable[[], Any]:
         """The user's closure on the plain network, with φ's gradients afterwards; optimizers may call it repeatedly."""
@@ -196,7 +225,8 @@ class StepCycle:
         """The state of each φ for this step, out of what the optimizer holds for the weight now."""
         name = form.site.name
         entry = self.optimizer.state.pop(form.weight, None)
-        ours = entry is not None and (entry is self._given.get(name) or name in self.loaded)
+        given = self._given.get(name)
+        ours = entry is not None and (name in self.loaded or (entry is given and not given.edited))
         self.loaded.discard(name)
         if ours:
             return [on_device(state, form.phi[0].device) for state in self.moments.get(name, [])]
@@ -214,23 +244,3 @@ def _skipped(optimizer: Optimizer) -> bool:
     found = getattr(optimizer, "found_inf", None)
     # On an accelerator the answer would cost a synchronization per step; a new mix for the same φ does no harm there.
     return isinstance(found, Tensor) and found.device.type == "cpu" and bool(found.item())
-
-
-def _guard(cycle: StepCycle) -> None:
-    """Wrap the optimizer's ``step`` so that an exception inside it leaves the plain groups (hooks alone cannot)."""
-    optimizer = cycle.optimizer
-    step = optimizer.step
-    reference = weakref.ref(cycle)
-
-    def guarded(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return step(*args, **kwargs)
-        except BaseException:
-            alive = reference()
-            if alive is not None:
-                alive.abort()
-            raise
-
-    functools.update_wrapper(guarded, step)  # keeps the mark by which schedulers know a wrapped step
-    # A bound method, because learning-rate schedulers wrap ``step.__func__``.
-    optimizer.__dict__["step"] = types.MethodType(guarded, optimizer)

@@ -148,7 +148,12 @@ def test_subprocess_launcher(tmp_path: Path) -> None:
     script.write_text(SCRIPT.format(root=os.getcwd(), folder=str(tmp_path)))
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "LOCAL_RANK"))}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script)], capture_output=True, text=True, check=False, env=environment, timeout=200
+        [sys.executable, "-W", "ignore", str(script)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        timeout=200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = ranks(tmp_path)

@@ -126,7 +126,9 @@ class Writer(Callback):
                 weight.add_(1.0)
 
 
-@pytest.mark.parametrize("hook", ["on_train_start", "on_train_epoch_start", "on_train_batch_start", "on_before_optimizer_step"])
+@pytest.mark.parametrize(
+    "hook", ["on_train_start", "on_train_epoch_start", "on_train_batch_start", "on_before_optimizer_step"]
+)
 @pytest.mark.parametrize("how", ["no_grad", "data", "load_state_dict"])
 @pytest.mark.parametrize("first", [True, False])
 def test_weights_written_by_others_move_the_mean(hook: str, how: str, first: bool, tmp_path: Path) -> None:
@@ -349,14 +351,14 @@ def test_annealing_ends_at_the_mean(tmp_path: Path) -> None:
         def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
             mixes.append(pl_module.net[0].weight_form.mix)
 
-    fit(seeded(Classifier), tmp_path, SimulatedOverparam(MajorityKernels(4, anneal=0.5), verbose=False), Look(), max_epochs=4)
+    fit(
+        seeded(Classifier), tmp_path, SimulatedOverparam(MajorityKernels(4, anneal=0.5), verbose=False), Look(), max_epochs=4
+    )
     distance = [float((mix - 0.25).abs().max()) for mix in mixes]
     assert max(distance[:7]) > 0.05 and distance[-1] < 0.25 / 8
 
 
-def test_table_is_printed_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_table_is_printed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     fit(seeded(Classifier), tmp_path, SimulatedOverparam(MajorityKernels(3)))
     text = capsys.readouterr().out
@@ -397,7 +399,9 @@ def test_channels_last(tmp_path: Path) -> None:
     class Convolution(Classifier):
         def __init__(self) -> None:
             super().__init__(shuffle=False)
-            self.net = nn.Sequential(nn.Unflatten(1, (1, 2, 5)), nn.Conv2d(1, 4, 3, padding=1), nn.Flatten(), nn.Linear(40, 5))
+            self.net = nn.Sequential(
+                nn.Unflatten(1, (1, 2, 5)), nn.Conv2d(1, 4, 3, padding=1), nn.Flatten(), nn.Linear(40, 5)
+            )
 
     losses = []
     for last in (True, False):

@@ -58,7 +58,13 @@ def test_every_hook_sees_the_plain_network(make: Any, first: bool, tmp_path: Pat
     callbacks = [watch, overparam(3)] if first else [overparam(3), watch]
     run = fit(model, tmp_path, *callbacks, ModelCheckpoint(tmp_path))
     seen = next(c for c in run.callbacks if isinstance(c, Watch)).seen
-    for hook in ("on_train_batch_end", "on_after_backward", "on_before_optimizer_step", "on_save_checkpoint", "on_validation_end"):
+    for hook in (
+        "on_train_batch_end",
+        "on_after_backward",
+        "on_before_optimizer_step",
+        "on_save_checkpoint",
+        "on_validation_end",
+    ):
         assert seen.get(hook), f"{hook} was never called"
 
 
