@@ -17,6 +17,7 @@ from lightning_sop.callbacks._probe import ProbeRecorder
 from lightning_sop.deploy import files, store
 from lightning_sop.deploy.content import AVERAGED, DeployContent, dumps, from_checkpoint, loads
 from lightning_sop.deploy.names import Format
+from lightning_sop.deploy.own_names import OwnNames, with_names
 from lightning_sop.deploy.prove import prove
 from lightning_sop.deploy.receipt import default_tolerance, make_receipt
 from lightning_sop.deploy.weights import State, plain_name, shared_names
@@ -30,6 +31,7 @@ class Export:
     format: Format
     dtype: torch.dtype | None
     tolerance: float | None
+    own_names: OwnNames
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,9 @@ def proven_content(
     )
     tolerance = default_tolerance(deployed.state_dict) if export.tolerance is None else export.tolerance
     proof.check(tolerance, export.target)
+    names, remark = export.own_names.of(module, checkpoint["state_dict"], content)
+    content = with_names(content, names)
+    proof = replace(proof, note="; ".join(filter(None, (proof.note, remark))))
     receipt = make_receipt(
         content,
         proof,

@@ -16,6 +16,7 @@ from lightning_sop.callbacks._probe import ProbeRecorder
 from lightning_sop.deploy import files
 from lightning_sop.deploy.errors import CollapseError
 from lightning_sop.deploy.names import Format, deploy_path
+from lightning_sop.deploy.own_names import OwnNames
 from lightning_sop.deploy.weights import export_dtype
 from lightning_sop.plugins import install
 
@@ -71,6 +72,7 @@ class CollapseOnSave(Callback):
         self.keep_training_file, self.tolerance, self.on_mismatch = keep_training_file, tolerance, on_mismatch
         self._trainer: pl.Trainer | None = None
         self._probe = ProbeRecorder()
+        self._own_names = OwnNames()
         self._foreign_keys: frozenset[str] = frozenset()
         self._written: set[str] = set()
         self._links: set[str] = set()
@@ -92,13 +94,13 @@ class CollapseOnSave(Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if self._unsynced:
             self.sync()
-        self._probe.open(redirected=trainer.strategy.model is not pl_module)
+        self._probe.open()
 
     def on_train_batch_end(self, *_: Any) -> None:
         self._probe.close()
 
     def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        self._probe.open(redirected=trainer.strategy.model is not pl_module)
+        self._probe.open()
 
     def on_validation_batch_end(self, *_: Any) -> None:
         self._probe.close()
@@ -120,7 +122,7 @@ class CollapseOnSave(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         # Pickled with the Trainer by launchers, and copied by users: both begin anew.
-        return {**self.__dict__, "_trainer": None, "_probe": ProbeRecorder()}
+        return {**self.__dict__, "_trainer": None, "_probe": ProbeRecorder(), "_own_names": OwnNames()}
 
     # ------------------------------------------------------------------ what DeployCheckpointIO asks for
 
@@ -131,7 +133,7 @@ class CollapseOnSave(Callback):
         if not self._wanted(checkpoint, path):
             return None
         target = deploy_path(path, self.format)
-        options = Export(target, self.format, export_dtype(self.dtype), self.tolerance)
+        options = Export(target, self.format, export_dtype(self.dtype), self.tolerance, self._own_names)
         try:
             content = proven_content(self._trainer, checkpoint, path, options, self._probe, foreign)
         except CollapseError as error:

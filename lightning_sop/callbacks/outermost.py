@@ -2,66 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 Sink = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], None]
 
 
 class OutermostCalls:
-    """Tells of every outermost call of a root module or one of its direct children, with its arguments.
+    """Tells of every call of a watched module that is not made inside the call of another one.
 
-    A LightningModule's ``training_step`` may call ``self(x)``, ``self.net(x)`` or several networks: each call that is not
-    made inside another one is reported. Within a compiled region nothing is reported, at no cost.
+    A ``training_step`` may call ``self(x)``, ``self.net(x)`` or several networks. Inside a wrapper like DDP the step itself
+    runs as the root's forward; that call is none of the model's and is passed over. Within a compiled region nothing is
+    told, at no cost. Hooks stay on the modules until :meth:`remove`: adding or removing one makes ``torch.compile`` compile
+    again.
 
     Args:
-        root: the module whose calls to watch.
-        sink: called with the module's path (``""`` for the root), the module, its arguments and keyword arguments.
+        modules: what to watch, by path (``""`` for the root).
+        sink: called before each such call with path, module, arguments and keyword arguments.
     """
 
-    def __init__(self, root: nn.Module, sink: Sink) -> None:
+    def __init__(self, modules: Iterable[tuple[str, nn.Module]], sink: Sink) -> None:
         self._sink = sink
         self._depth = 0
-        self._hooks = []
-        for path, module in [("", root), *root.named_children()]:
-            self._hooks.append(module.register_forward_pre_hook(_Enter(self, path), with_kwargs=True))
-            self._hooks.append(module.register_forward_hook(self._leave, always_call=True))
+        self._handles: list[RemovableHandle] = []
+        for path, module in modules:
+            self._handles.append(module.register_forward_pre_hook(_Before(self, path), with_kwargs=True))
+            self._handles.append(module.register_forward_hook(_After(self, path), always_call=True))
 
     def remove(self) -> None:
         """Stop watching."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
     def enter(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A watched module is called."""
-        if torch.compiler.is_compiling():
+        if _is_step(module):
             return
         self._depth += 1
         if self._depth == 1:
-            self._depth_guard(path, module, args, kwargs)
-
-    def _depth_guard(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        try:
             self._sink(path, module, args, kwargs)
-        except BaseException:
-            self._depth = 0  # the call does not take place, nor will its end be reported
-            raise
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self._depth = max(0, self._depth - 1)
+    def leave(self) -> None:
+        """A call has returned or failed; that of a step, which was not counted, returns when nothing else is open."""
+        self._depth = max(0, self._depth - 1)
 
 
-class _Enter:
-    """A picklable hook that knows the path of its module."""
+class _Before:
+    """Forward pre-hook; a copy of it, in a copied or unpickled module, does nothing."""
 
-    def __init__(self, calls: OutermostCalls, path: str) -> None:
-        self.calls = calls
-        self.path = path
+    def __init__(self, calls: OutermostCalls | None, path: str) -> None:
+        self.calls, self.path = calls, path
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.calls.enter(self.path, module, args, kwargs)
+        if not torch.compiler.is_compiling() and self.calls is not None:
+            self.calls.enter(self.path, module, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Before:
+        return type(self)(None, self.path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (None, self.path)
+
+
+class _After(_Before):
+    """Forward hook."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling() and self.calls is not None:
+            self.calls.leave()
+
+
+def _is_step(module: nn.Module) -> bool:
+    """Whether Lightning has put a step in the place of the module's forward, to send it through a wrapper."""
+    forward = module.__dict__.get("forward")
+    return getattr(forward, "__qualname__", "").startswith("_ForwardRedirection.")

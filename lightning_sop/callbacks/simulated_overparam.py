@@ -123,7 +123,6 @@ class SimulatedOverparam(Callback):
             self.engine = Engine(pl_module, make_plan(pl_module, self.rules), seed)
             self._model = pl_module
         self.engine.attach()
-        self.batchnorm.attach(pl_module)
 
     def _precede_averaging(self, trainer: Trainer) -> None:
         """Stand before callbacks that average weights in their hooks, so that they find the collapsed weights."""
@@ -147,6 +146,10 @@ class SimulatedOverparam(Callback):
 
     # ------------------------------------------------------------------ training
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Watch for BatchNorm layers' inputs; every layer exists by now, and is the one that is trained."""
+        self.batchnorm.attach(pl_module)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the larger tensors around the weights as they are now, and show the table."""
         engine = self._running()
@@ -157,6 +160,7 @@ class SimulatedOverparam(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Mixed weights for the training forward."""
         engine = self._running()
+        self.batchnorm.begin_step()
         if not all(form.built for form in engine.forms.values()):  # unfrozen since, perhaps
             engine.start(trainer.optimizers)
         engine.progress = _progress(trainer) if _anneals(self.rules) else 0.0
@@ -174,18 +178,26 @@ class SimulatedOverparam(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collapsed weights between epochs, for whoever reads or writes them there."""
+        self._reestimate(trainer, pl_module)
         self._running().mean_in()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collapsed weights; ``eval()`` has seen to it, except in modules that are in eval mode all the time."""
         if self.engine is not None and self.engine.attached:
             self.engine.mean_in()
-            self.batchnorm.run(pl_module)
+            self._reestimate(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The collapsed weights are the result; from here on weights are what anybody makes them."""
         self._running().release()
-        self.batchnorm.run(pl_module)
+        self._reestimate(trainer, pl_module)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """BatchNorm statistics for the collapsed weights; the checkpoint's entries are the buffers themselves."""
+        self._reestimate(trainer, pl_module)
+
+    def _reestimate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.batchnorm.run(pl_module, trainer.precision_plugin.forward_context())
 
     def _running(self) -> Engine:
         if self.engine is None:

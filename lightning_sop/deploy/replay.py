@@ -85,7 +85,7 @@ def replay(module: nn.Module, call: Call) -> list[Tensor]:
     """
     module.eval()
     like = next((parameter for parameter in module.parameters() if parameter.is_floating_point()), torch.empty(0))
-    with torch.no_grad(), _isolated_random_state(), warnings.catch_warnings():
+    with torch.no_grad(), isolated_random_state(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a module without a Trainer warns when its forward logs
         args, kwargs = map_tensors(lambda tensor: _fresh(tensor, like), (call.args, call.kwargs))
         answer = module.get_submodule(call.module)(*args, **kwargs)
@@ -157,7 +157,7 @@ def _fresh(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 @contextmanager
-def _isolated_random_state() -> Iterator[None]:
+def isolated_random_state() -> Iterator[None]:
     """Seed every generator a forward may draw from, and put each back as it was."""
     numpy = sys.modules.get("numpy")
     numpy_state = numpy.random.get_state() if numpy else None

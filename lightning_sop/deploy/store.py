@@ -13,6 +13,7 @@ from lightning_sop.deploy.content import AVERAGED, RECEIPT, DeployContent, dumps
 from lightning_sop.deploy.errors import DeployFileError
 from lightning_sop.deploy.files import Path, read_bytes, write_atomically
 from lightning_sop.deploy.names import Format, format_of
+from lightning_sop.deploy.own_names import STRIPPED, compiled_names, with_names
 from lightning_sop.deploy.receipt import FORMAT_VERSION, Proof, default_tolerance, make_receipt
 from lightning_sop.deploy.replay import NO_DIFFERENCE, compare_weights
 from lightning_sop.deploy.weights import equal_names, export_dtype, plain_name, sha256
@@ -78,11 +79,12 @@ def load_into(module: nn.Module, path: Path, strict: bool = True) -> dict[str, A
     """
     content = read(path)
     names = {plain_name(name): name for name in module.state_dict()}
-    module.load_state_dict({names.get(name, name): value for name, value in content.state_dict.items()}, strict=strict)
+    state = {names.get(plain_name(name), name): value for name, value in content.state_dict.items()}
+    module.load_state_dict(state, strict=strict)
     return content.receipt
 
 
-def collapse_file(source: Path, target: Path, dtype: str | None = None) -> dict[str, Any]:
+def collapse_file(source: Path, target: Path, dtype: str | None = None, keep_compiled_names: bool = False) -> dict[str, Any]:
     """Make a deploy file of a training checkpoint and return its receipt.
 
     No model is built, so weights are compared and outputs are not: with the method's own tensors, where the checkpoint
@@ -92,6 +94,8 @@ def collapse_file(source: Path, target: Path, dtype: str | None = None) -> dict[
         source: A checkpoint that Lightning wrote, with or without SimulatedOverparam.
         target: The deploy file; its suffix decides the format.
         dtype: ``"bfloat16"``, ``"float16"``, ``"float32"``, or None to keep each tensor's own.
+        keep_compiled_names: Names lose the ``_orig_mod.`` that ``torch.compile`` gives them. True keeps it, as it must be
+            for a class that compiles parts in its own ``__init__`` and so has such names in its plain form, too.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
@@ -109,8 +113,12 @@ def collapse_file(source: Path, target: Path, dtype: str | None = None) -> dict[
     averaged, forms = AVERAGED in checkpoint, _collapsed_from_callbacks(checkpoint)
     weights = compare_weights(forms, content.state_dict) if forms and not averaged else NO_DIFFERENCE
     tolerance = default_tolerance(content.state_dict)
-    proof = Proof(weights, note="made from a training checkpoint: no forward was replayed")
+    compiled = compiled_names(checkpoint["state_dict"])
+    stripped = f"; {STRIPPED}" if compiled and not keep_compiled_names else ""
+    proof = Proof(weights, note=f"made from a training checkpoint: no forward was replayed{stripped}")
     proof.check(tolerance, os.fspath(target))
+    if keep_compiled_names:
+        content = with_names(content, compiled)
     receipt = make_receipt(
         content,
         proof,

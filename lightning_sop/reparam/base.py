@@ -87,7 +87,7 @@ class Method(ABC):
 
     def pull_back(
         self, phi: Sequence[Tensor], mix: Tensor | None, grad: Tensor, site: Site, out: Sequence[Tensor]
-    ) -> list[Tensor | None]:
+    ) -> Sequence[Tensor | None] | None:
         """Gradient of each φ from the gradient of the weight: the vector-Jacobian product of ``compose`` or ``collapse``.
 
         Args:
@@ -95,11 +95,14 @@ class Method(ABC):
             mix: the mix with which the weight was written, None when it was collapsed.
             grad: ∂L/∂W, of the weight's shape.
             site: where the weight sits.
-            out: buffers of the shapes of ``phi`` that may be used for the result.
+            out: buffers like the storage of φ, which may be used.
+
+        Returns:
+            The gradients in the order of ``phi``, or None where ``out`` holds them all, as storage holds φ.
         """
         with torch.enable_grad():
             weight = self.collapse(phi, site) if mix is None else self.compose(phi, mix, site)
-        return list(torch.autograd.grad(weight, list(phi), grad, allow_unused=True))
+        return torch.autograd.grad(weight, list(phi), grad, allow_unused=True)
 
     def unsuitable(self, weight: Tensor, site: Site) -> str | None:
         """Why this weight cannot be trained by this method, or None."""

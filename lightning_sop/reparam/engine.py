@@ -169,7 +169,8 @@ class Engine:
     def _catch_up(self, form: TrainingForm) -> None:
         """φ follows the weight, also after training, while the model still has that weight."""
         if self.attached or form.has_weight:
-            form.follow()
+            with torch.no_grad():
+                form.follow()
 
     def __getstate__(self) -> dict[str, Any]:
         # Spawned processes get the model and φ; optimizers and their hooks are made there.
@@ -285,8 +286,9 @@ def _broadcast(tensors: Iterable[Tensor]) -> None:
 def _discover(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Before any optimizer's step: hook the optimizers that hold weights in training form, also ones nested in others."""
     for engine in live_engines():
-        if engine.held_by(optimizer):
-            engine.cycle_of(optimizer).innermost()
+        held = engine.held_by(optimizer)
+        if held:
+            engine.cycle_of(optimizer).innermost(held)
 
 
 def _listen() -> None:

@@ -23,6 +23,9 @@ class TrainingForm(nn.Module):
     Before :meth:`build` the form holds nothing and the weight is an ordinary one.
     """
 
+    # Nothing of this module is to be registered, so the bookkeeping of nn.Module's own is left out: it runs at every step.
+    __setattr__ = object.__setattr__  # type: ignore[assignment]
+
     live: bool  # an engine trains through this form (never true of a copy)
     mixed: bool  # what the weight holds now: the mix, or the collapsed weight
     mix: Tensor | None  # the mix of the current step
@@ -31,15 +34,17 @@ class TrainingForm(nn.Module):
     engine: object  # whoever trains through this form
     _owner: nn.Module
     _gradients: list[Tensor]
+    _gradient_storage: list[Tensor]
+    _addresses: list[int]  # of φ's memory, to notice optimizers that replace ``φ.data``
     _written: Tensor | None  # what was last written into the weight, to notice writes by others
     _written_version: int
     _version_guard: tuple[Any, int] | None
     _mixed_grad: tuple[Tensor, int] | None  # the gradient, as it was when a mix gave way to the collapsed weight
 
     def __init__(self, owner: nn.Module, name: str, method: Method, site: Site, seed: int) -> None:
-        self.__dict__["live"] = False
+        self.live = False
         super().__init__()
-        self.__dict__["_owner"] = owner  # not registered: the owner is the parent
+        self._owner = owner
         self._name = name
         self.method = method
         self.site = site
@@ -96,7 +101,8 @@ class TrainingForm(nn.Module):
         """Take these tensors as φ's memory; the weight is not written."""
         self.storage = storage
         self.phi = [nn.Parameter(view) for view in self.method.parameters(storage)]
-        self._gradients = []
+        self._addresses = [phi.data_ptr() for phi in self.phi]
+        self._gradients, self._gradient_storage = [], []
 
     @torch.no_grad()
     def load(self, storage: list[Tensor], mix: Tensor | None) -> None:
@@ -118,7 +124,7 @@ class TrainingForm(nn.Module):
     def discard(self) -> None:
         """Forget φ: the weight is an ordinary one again."""
         self.storage, self.phi = [], []
-        self._gradients = []
+        self._gradients, self._gradient_storage = [], []
         self.mix = self._written = self._version_guard = self._mixed_grad = None
         self.mixed = False
 
@@ -147,9 +153,8 @@ class TrainingForm(nn.Module):
             guard[0].__exit__()
             self._written_version = self.weight._version
 
-    @torch.no_grad()
     def write_mix(self) -> None:
-        """Write the mixed weight after φ or the mix have changed; nobody else has written the weight since."""
+        """Write the mixed weight (under no_grad) after φ or the mix have changed; nobody else has written it since."""
         weight = self.weight
         if not weight.requires_grad:  # frozen since: a constant, and that is the collapsed weight
             self.mean_in()
@@ -170,15 +175,13 @@ class TrainingForm(nn.Module):
         self._version_guard = None if changed else (guard, weight._version)
         self._mixed_grad = None if weight.grad is None else (weight.grad, weight.grad._version)
 
-    @torch.no_grad()
     def write_mean(self) -> None:
-        """Write the collapsed weight; nobody else has written the weight since this form last did."""
+        """Write the collapsed weight (under no_grad); nobody else has written the weight since this form last did."""
         self.method.write(self.weight, self.phi, None, self.site)
         self._mark_collapsed()
 
-    @torch.no_grad()
     def follow(self) -> bool:
-        """Give φ what others wrote into the weight since this form last did; returns whether they (may) have."""
+        """Give φ what others wrote into the weight since this form last did; returns whether they have. Under no_grad."""
         if not self.built or self._written is None:
             return False
         weight = self.weight
@@ -219,33 +222,33 @@ class TrainingForm(nn.Module):
     def gradients(self) -> list[Tensor]:
         """Buffers for the gradients of φ, kept between steps (fresh memory every step is slow)."""
         if not self._gradients:
-            self._gradients = self.method.parameters([torch.zeros_like(tensor) for tensor in self.storage])
+            self._gradient_storage = [torch.zeros_like(tensor) for tensor in self.storage]
+            self._gradients = self.method.parameters(self._gradient_storage)
         return self._gradients
 
     def pull_back(self) -> None:
-        """Set the gradient of every φ from the weight's gradient (None, where the weight has none)."""
+        """Set the gradient of every φ from the weight's gradient (None, where the weight has none). Under no_grad."""
         grad = self.weight.grad
         if grad is None:
             for parameter in self.phi:
                 parameter.grad = None
             return
-        with torch.no_grad():
-            mix = self.mix if self.mixed or self._grad_is_of_the_mix(grad) else None
-            pulled = self.method.pull_back(self.phi, mix, grad, self.site, self.gradients())
-        for parameter, value in zip(self.phi, pulled, strict=True):
+        mix = self.mix if self.mixed or self._grad_is_of_the_mix(grad) else None
+        views = self.gradients()
+        pulled = self.method.pull_back(self.phi, mix, grad, self.site, self._gradient_storage)
+        for parameter, value in zip(self.phi, views if pulled is None else pulled, strict=True):
             parameter.grad = value
 
     def _grad_is_of_the_mix(self, grad: Tensor) -> bool:
         """Whether the gradient was there, as it is now, when ``eval()`` took the mix away (before ``step()``)."""
         return self._mixed_grad is not None and self._mixed_grad[0] is grad and self._mixed_grad[1] == grad._version
 
-    @torch.no_grad()
     def after_update(self) -> None:
-        """Follow an optimizer that, beyond moving φ, has cleared φ's gradients (SAM) or replaced ``φ.data``."""
+        """Follow an optimizer that has also cleared φ's gradients (SAM) or replaced ``φ.data``. Under no_grad."""
         if all(phi.grad is None for phi in self.phi):
             self.weight.grad = None
-        for phi, view in zip(self.phi, self.method.parameters(self.storage), strict=True):
-            if phi.data_ptr() != view.data_ptr():
+        if [phi.data_ptr() for phi in self.phi] != self._addresses:
+            for phi, view in zip(self.phi, self.method.parameters(self.storage), strict=True):
                 view.copy_(phi)
                 phi.data = view
 
@@ -270,7 +273,8 @@ class TrainingForm(nn.Module):
             destination = {}
         key = owner_key(prefix, self._name)
         if self.mixed and not keep_vars and key in destination:
-            self.follow()  # a write that nobody has noticed yet is part of what is saved
+            with torch.no_grad():
+                self.follow()  # a write that nobody has noticed yet is part of what is saved
             destination[key] = self.collapsed()
         return destination
 
@@ -291,7 +295,8 @@ class TrainingForm(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         weight = self._owner._parameters.get(self._name)
-        dropped = {"phi": [], "_gradients": [], "live": False, "engine": None, "_version_guard": None, "_mixed_grad": None}
+        dropped: dict[str, Any] = {name: [] for name in ("phi", "_gradients", "_gradient_storage")}
+        dropped |= {"live": False, "engine": None, "_version_guard": None, "_mixed_grad": None}
         return {**self.__dict__, **dropped, "weight": weight}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

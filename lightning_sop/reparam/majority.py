@@ -186,15 +186,17 @@ class MajorityKernels(Method):
         for factor, kernel in zip(rest, phi[1:], strict=True):
             weight.add_(kernel, alpha=factor)
 
-    def pull_back(
-        self, phi: Sequence[Tensor], mix: Tensor | None, grad: Tensor, site: Site, out: Sequence[Tensor]
-    ) -> list[Tensor | None]:
+    def pull_back(self, phi: Sequence[Tensor], mix: Tensor | None, grad: Tensor, site: Site, out: Sequence[Tensor]) -> None:
         """Closed form: s v_i ∂L/∂W for each kernel (v_i = 1/k where the weight was the mean)."""
         if mix is None:
             mix = torch.full((self.factor,), 1 / self.factor, dtype=torch.float64)
-        for factor, target in zip(self._factors(mix * self.gradient_scale, grad, site), out, strict=True):
-            torch.mul(grad, factor, out=target)
-        return list(out)
+        shares = mix * self.gradient_scale
+        if shares.dim() == 1 and grad.device.type == "cpu" and grad.dtype in (torch.float32, torch.float64):
+            column = shares.to(grad.dtype).view(-1, *[1] * grad.dim())
+            torch.mul(grad.unsqueeze(0), column, out=out[0])  # one pass over the gradient
+            return
+        for share, target in zip(self._factors(shares, grad, site), out[0], strict=True):
+            torch.mul(grad, share, out=target)
 
     def _factors(self, mix: Tensor, like: Tensor, site: Site) -> Sequence[float | Tensor]:
         """What multiplies each kernel: numbers, or one value per output channel shaped to broadcast."""

@@ -40,6 +40,7 @@ class StepCycle:
         self._given: dict[str, PlainState] = {}
         self._swapped = False  # whether φ is in the place of the weights
         self._forms: list[TrainingForm] = []
+        self._held: list[TrainingForm] = []
         self._depth = 0  # of calls of step() within each other
         self._hooks: tuple[RemovableHandle, RemovableHandle, RemovableHandle] | None = None
         self._step_before: Any = None  # the optimizer's own step() while ours is in its place
@@ -81,8 +82,10 @@ class StepCycle:
         if isinstance(self.optimizer, torch.optim.LBFGS):
             self.optimizer._numel_cache = None  # it counts its parameters' values once
 
-    def innermost(self) -> None:
-        """Run after the user's pre-hooks and before their post-hooks, whenever those were registered."""
+    def innermost(self, held: list[TrainingForm]) -> None:
+        """Before a step on these forms: run after the user's pre-hooks and before their post-hooks, always."""
+        if not self._depth:
+            self._held = held
         if self._hooks is not None:
             before, after, _ = self._hooks
             cast(OrderedDict[int, Any], self.optimizer._optimizer_step_pre_hooks).move_to_end(before.id)
@@ -121,7 +124,7 @@ class StepCycle:
             return None
         self.abort()
         self._depth = 1
-        self._forms = self.engine.held_by(optimizer)
+        self._forms, self._held = self._held, []
         if not self._forms:
             return None
         self.engine.build(self._forms)
@@ -140,6 +143,7 @@ class StepCycle:
             return args, {**kwargs, "closure": closure}
         return (args[0], closure, *args[2:]), kwargs
 
+    @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._depth = max(0, self._depth - 1)
         if self._depth or not self._swapped:
@@ -163,12 +167,7 @@ class StepCycle:
         def wrapped() -> Any:
             nonlocal calls
             swapped = self._swap_out()
-            for form in self._forms:
-                if pulled or calls:  # the optimizer may have moved φ since
-                    form.after_update()
-                    form.write_mix()
-                else:
-                    form.mix_in()
+            self._compose(moved=pulled or calls > 0)
             calls += 1
             result = closure()
             self._pull_back()
@@ -178,6 +177,17 @@ class StepCycle:
 
         return wrapped
 
+    @torch.no_grad()
+    def _compose(self, moved: bool) -> None:
+        """Mixed weights for a closure; the optimizer may have moved φ since the last one."""
+        for form in self._forms:
+            if moved:
+                form.after_update()
+                form.write_mix()
+            else:
+                form.mix_in()
+
+    @torch.no_grad()
     def _pull_back(self) -> None:
         for form in self._forms:
             form.follow()
@@ -201,18 +211,24 @@ class StepCycle:
         if not self._swapped:
             return False
         # Not from a list kept since: another engine on the same optimizer may be swapped out first, or not yet.
-        weights = {id(phi): [form.weight] * (phi is form.phi[0]) for form in self._forms for phi in form.phi}
+        weights: dict[int, list[Tensor]] = {}
+        for form in self._forms:
+            first, *others = map(id, form.phi)
+            weights |= {key: [] for key in others}
+            weights[first] = [form.weight]
         for group in self.optimizer.param_groups:
             group["params"][:] = [p for phi in group["params"] for p in weights.get(id(phi), [phi])]
         self._swapped = False
+        state = self.optimizer.state
         for form in self._forms:
             name = form.site.name
-            self.moments[name] = [self.optimizer.state.pop(phi, {}) for phi in form.phi]
+            self.moments[name] = [state.pop(phi, {}) for phi in form.phi]
             if any(self.moments[name]):
                 self._given[name] = PlainState(functools.partial(plain_state, form, self.moments[name]))
-                self.optimizer.state[form.weight] = self._given[name]
+                state[form.weight] = self._given[name]
         return True
 
+    @torch.no_grad()
     def abort(self) -> None:
         """Put the plain groups back after a step that raised."""
         self._depth = 0

@@ -26,7 +26,7 @@ def test_wrong_factor(factor: Any) -> None:
     [
         ({"include": ["encoder.*"]}, r"include pattern 'encoder\.\*' matches no parameter.*net\.0\.weight"),
         ({"exclude": ["*.heads"]}, r"exclude pattern '\*\.heads' matches no parameter"),
-        ({"layers": ["Conv2d"]}, "no weight of Classifier is converted"),
+        ({"layers": ["Conv2d"]}, "the layer type .Conv2d. matches no layer"),
         ({"include": ["net.1"]}, "layer type BatchNorm1d is not asked for"),
         ({"exclude": ["net"]}, "excluded by 'net'"),
     ],

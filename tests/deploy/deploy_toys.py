@@ -72,6 +72,14 @@ class Tied(Toy):
         return self.head(self.again(self.net(x)))
 
 
+class CompiledInside(Toy):
+    """Compiles a part of itself, which gives that part's weights names with ``_orig_mod.``."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__(width)
+        self.net = torch.compile(self.net, backend="eager")
+
+
 class Kernels(Callback):
     """Stands in for SimulatedOverparam: claims to know every matrix from elsewhere; ``error`` plants a wrong collapse."""
 

@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
-from deploy_toys import Kernels, Tied, Toy, data, trainer
+from deploy_toys import CompiledInside, Kernels, Tied, Toy, data, trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins import AsyncCheckpointIO
@@ -17,7 +18,7 @@ from torch._dynamo.testing import CompileCounter
 
 from lightning_sop.callbacks.collapse_on_save import CollapseOnSave
 from lightning_sop.callbacks.simulated_overparam import SimulatedOverparam
-from lightning_sop.deploy import collapse_file, read, verify
+from lightning_sop.deploy import collapse_file, load_into, read, verify
 from lightning_sop.reparam import MajorityKernels
 
 HERE = Path(__file__).parent
@@ -132,6 +133,68 @@ def test_compiled(tmp_path, whole):
     # Where the whole step is one graph, no call is ever seen.
     assert receipt["output_difference"] == (None if whole else 0)
     assert ("no forward call was recorded" in receipt["note"]) == whole
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at every input's
+@pytest.mark.parametrize("kind", [Toy, CompiledInside])
+@pytest.mark.parametrize("outside", [False, True], ids=["as built", "head compiled"])
+@pytest.mark.parametrize("format", ["ckpt", "safetensors"])
+def test_names_are_those_of_the_class_built_anew(tmp_path, kind, outside, format):
+    net = kind()
+    if outside:
+        net.head = torch.compile(net.head, backend="eager")
+    trainer(tmp_path, overparam(), CollapseOnSave(format), ModelCheckpoint(tmp_path, filename="x")).fit(net, data())
+    file = tmp_path / f"x.deploy.{format}"
+    assert sorted(read(file).state_dict) == sorted(kind().state_dict())
+    assert verify(file)["note"] == ""
+    assert verify(file)["source"] == "kernels"
+    twins = [kind(), Toy(), CompiledInside()]
+    for twin in twins:
+        load_into(twin, file)
+    if format == "ckpt":
+        twins.append(kind.load_from_checkpoint(file))
+    for twin in twins:
+        assert torch.equal(twin.eval()(torch.ones(2, 4)), net.eval()(torch.ones(2, 4)))
+
+
+class Expensive(CompiledInside):
+    """Counts how often it is built, and draws random numbers then."""
+
+    built = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        type(self).built += 1
+        self.scale = float(np.random.rand() + torch.rand(1, device="cpu"))
+
+
+def test_the_class_is_built_anew_once_and_random_states_are_left_alone(tmp_path):
+    net, states = Expensive(), []
+    run = trainer(tmp_path, Kernels(), CollapseOnSave(), enable_checkpointing=False)
+    run.fit(net, data())
+    for name in "abc":
+        states.append((torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()))
+        run.save_checkpoint(tmp_path / f"{name}.ckpt")
+    assert states[0] == states[1] == states[2]
+    assert Expensive.built == 2
+    assert list(read(tmp_path / "c.deploy.ckpt").state_dict) == list(net.state_dict())
+
+
+class NeedsMore(CompiledInside):
+    """Cannot be built from plain hyper-parameters alone."""
+
+    def __init__(self, activation) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+
+def test_a_class_that_cannot_be_built_anew_gets_plain_names_and_a_remark(tmp_path):
+    net = NeedsMore(activation=nn.ReLU)
+    trainer(tmp_path, Kernels(), CollapseOnSave(), ModelCheckpoint(tmp_path, filename="x")).fit(net, data())
+    receipt = verify(tmp_path / "x.deploy.ckpt")
+    assert "NeedsMore needs it is not known, for it could not be built anew (TypeError: " in receipt["note"]
+    assert receipt["output_difference"] == 0
+    assert list(read(tmp_path / "x.deploy.ckpt").state_dict) == list(Toy().state_dict())
 
 
 def differing_from_file(trained, loaded) -> list[str]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from deploy_toys import Toy, data, trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+import torch.distributed as dist
+from deploy_toys import CompiledInside, Kernels, Toy, data, trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_sop.callbacks.collapse_on_save import CollapseOnSave
 from lightning_sop.callbacks.simulated_overparam import SimulatedOverparam
@@ -23,9 +25,10 @@ def overparam() -> SimulatedOverparam:
     return SimulatedOverparam(MajorityKernels(factor=3), seed=1, verbose=False)
 
 
-def python(script: str, *arguments: object) -> str:
+def python(script: str | Path, *arguments: object) -> str:
+    how = [str(script)] if isinstance(script, Path) else ["-c", script]
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script, *map(str, arguments)],
+        [sys.executable, "-W", "ignore", *how, *map(str, arguments)],
         cwd=HERE,
         capture_output=True,
         text=True,
@@ -36,71 +39,83 @@ def python(script: str, *arguments: object) -> str:
     return done.stdout
 
 
+READER = """
+import sys, torch
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] == 'lightning_sop': raise ImportError('blocked')
+sys.meta_path.insert(0, Block())
+import deploy_toys
+for name, kind in [('plain', 'Toy'), ('outside', 'Toy'), ('inside', 'CompiledInside')]:
+    model = getattr(deploy_toys, kind).load_from_checkpoint(f'{sys.argv[1]}/{name}.deploy.ckpt')
+    torch.save(model.eval()(torch.ones(2, 4)), f'{sys.argv[1]}/{name}.pt')
+assert not any(name.startswith('lightning_sop') for name in sys.modules)
+"""
+
+
 def test_loads_strictly_where_lightning_sop_is_not_installed(tmp_path):
-    net = Toy(width=7)
-    trainer(tmp_path, overparam(), CollapseOnSave(), ModelCheckpoint(tmp_path, filename="x")).fit(net, data())
-    script = (
-        "import sys, torch\n"
-        "class Block:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.split('.')[0] == 'lightning_sop': raise ImportError('blocked')\n"
-        "sys.meta_path.insert(0, Block())\n"
-        "from deploy_toys import Toy\n"
-        "model = Toy.load_from_checkpoint(sys.argv[1])\n"
-        "assert not any(name.startswith('lightning_sop') for name in sys.modules)\n"
-        "torch.save(model.eval()(torch.ones(2, 4)), sys.argv[2])\n"
-    )
-    python(script, tmp_path / "x.deploy.ckpt", tmp_path / "outputs")
-    torch.testing.assert_close(torch.load(tmp_path / "outputs"), net.eval()(torch.ones(2, 4)))
+    nets = {"plain": Toy(width=7), "outside": Toy(), "inside": CompiledInside()}
+    nets["outside"].net = torch.compile(nets["outside"].net, backend="eager")
+    for name, net in nets.items():
+        trainer(tmp_path, overparam(), CollapseOnSave(), ModelCheckpoint(tmp_path, filename=name)).fit(net, data())
+    python(READER, tmp_path)
+    for name, net in nets.items():
+        torch.testing.assert_close(torch.load(tmp_path / f"{name}.pt"), net.eval()(torch.ones(2, 4)))
 
 
 def test_deploy_needs_no_lightning():
     python("import sys, lightning_sop.deploy\nassert not any(name.startswith('lightning.') for name in sys.modules)")
 
 
-DDP = """
-import os, sys
-from deploy_toys import Kernels, Toy, data, trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning_sop.callbacks.collapse_on_save import CollapseOnSave
-
 class Noted(CollapseOnSave):
+    """Every process that writes leaves its rank."""
+
     def prepare(self, checkpoint, path):
         job = super().prepare(checkpoint, path)
         if job is not None:
-            with open(os.path.join(sys.argv[1], "writers"), "a") as log:
+            with open(os.path.join(os.path.dirname(path), "writers"), "a") as log:
                 log.write(str(self._trainer.global_rank))
         return job
 
-if __name__ == "__main__":
-    saves = ModelCheckpoint(sys.argv[1], filename="x", save_last="link")
-    run = trainer(sys.argv[1], Kernels(), Noted(), saves, devices=2, strategy=sys.argv[2])
+
+class Leave(Callback):
+    """Ends gloo's threads, which may abort a process that exits while they run."""
+
+    def teardown(self, trainer, pl_module, stage):
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def fit_in_two_processes(folder, strategy):
+    saves = ModelCheckpoint(folder, filename="x", save_last="link")
+    run = trainer(folder, Kernels(), Noted(), saves, Leave(), devices=2, strategy=strategy)
     run.fit(Toy(), data(), data())
+
+
+SCRIPT = """
+import sys
+from test_collapse_on_save_processes import fit_in_two_processes
+fit_in_two_processes(*sys.argv[1:])
 """
 
 
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning", "ignore:.*sync_dist.*", "ignore:Be aware that when using")
 @pytest.mark.parametrize("strategy", ["ddp", "ddp_fork", "ddp_spawn"])
 def test_two_processes_have_one_writer(tmp_path, strategy):
-    script = tmp_path / "run.py"
-    script.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\n{DDP}")
-    folder = tmp_path / "out"
-    folder.mkdir()
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script), str(folder), strategy],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert (folder / "writers").read_text() == "0"
-    assert {p.name for p in folder.iterdir() if p.suffix == ".ckpt"} == {
+    if strategy == "ddp":
+        script = tmp_path / "run.py"  # a file: the launcher starts it once more
+        script.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\n{SCRIPT}")
+        python(script, tmp_path, strategy)
+    else:
+        fit_in_two_processes(tmp_path, strategy)
+    assert (tmp_path / "writers").read_text() == "0"
+    assert {p.name for p in tmp_path.iterdir() if p.suffix == ".ckpt"} == {
         "x.ckpt",
         "x.deploy.ckpt",
         "last.ckpt",
         "last.deploy.ckpt",
     }
-    receipt = verify(folder / "x.deploy.ckpt")
+    receipt = verify(tmp_path / "x.deploy.ckpt")
     # The step itself is the wrapper's forward under DDP: the recorded call is the model's own all the same.
     assert receipt["probe"] == [{"module": "", "shapes": [[4, 4]]}]
     assert receipt["output_difference"] == 0

@@ -1,9 +1,8 @@
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 
 import fsspec
 import pytest
@@ -43,15 +42,18 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def killed_while_writing(path):
+    write_atomically(path, b"new" * 1000, lambda staged: os.kill(os.getpid(), signal.SIGKILL))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_killed_process_leaves_no_half_file_under_the_name(tmp_path):
-    script = (
-        "import os, signal, sys\n"
-        "from lightning_sop.deploy.files import write_atomically\n"
-        "write_atomically(sys.argv[1], b'old', len)\n"
-        "write_atomically(sys.argv[1], b'new' * 1000, lambda path: os.kill(os.getpid(), signal.SIGKILL))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "x.ckpt")], check=False, timeout=120)
-    assert done.returncode == -signal.SIGKILL
+    write_atomically(tmp_path / "x.ckpt", b"old", len)
+    process = multiprocessing.get_context("fork").Process(target=killed_while_writing, args=(str(tmp_path / "x.ckpt"),))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 2
     assert (tmp_path / "x.ckpt").read_bytes() == b"old"
     # What no process can clean up after SIGKILL is hidden and has no checkpoint's suffix.
     assert all(p.name.startswith(".deploy-") and p.suffix == ".tmp" for p in tmp_path.iterdir() if p.name != "x.ckpt")

@@ -22,7 +22,7 @@ class Colour(str, enum.Enum):
 NOT_PLAIN = [Colour.RED, Path("x"), torch.nn.ReLU, torch.nn.ReLU(), np.zeros(2), argparse.Namespace(a=1), object(), len]
 
 
-@pytest.mark.parametrize("value", NOT_PLAIN, ids=str)
+@pytest.mark.parametrize("value", NOT_PLAIN, ids=lambda value: type(value).__name__)
 def test_a_value_of_a_class_is_omitted_as_a_whole(value):
     assert keep_plain({"a": {"deep": [1, value]}, "b": 2}, "ckpt") == ({"b": 2}, ["a"])
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from deploy_toys import Tied, Toy
+from deploy_toys import CompiledInside, Tied, Toy
 from safetensors import safe_open
 
 from lightning_sop import reparam
@@ -163,6 +163,17 @@ def test_collapse_file_compares_with_the_methods_own_tensors(tmp_path, monkeypat
     with pytest.raises(CollapseError, match=r"difference 0\.5 .*'head.weight'"):
         collapse_file(tmp_path / "run.ckpt", tmp_path / "wrong.ckpt")
     assert not (tmp_path / "wrong.ckpt").exists()
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_collapse_file_with_names_of_compiled_parts(tmp_path, keep):
+    model = CompiledInside(width=5)
+    torch.save(checkpoint(model), tmp_path / "run.ckpt")
+    receipt = collapse_file(tmp_path / "run.ckpt", tmp_path / "small.ckpt", keep_compiled_names=keep)
+    kind = CompiledInside if keep else Toy
+    loaded = kind.load_from_checkpoint(tmp_path / "small.ckpt")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+    assert ("stripped of '_orig_mod.'" in receipt["note"]) is not keep
 
 
 def test_collapse_file_of_averaged_weights(tmp_path):

@@ -1,0 +1,1 @@
+"""What the benchmarks measure: step time, memory of tensors, traffic between processes, the collapsed model."""
