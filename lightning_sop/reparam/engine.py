@@ -68,6 +68,8 @@ class Engine:
                 left_over.mean_in()
             owner.add_module(name, child)
         for form in self.forms.values():
+            if form.built:
+                form.to(form.weight.device, form.weight.dtype)  # where the model has gone in the meantime
             form.live = True
             form.engine = self  # the model keeps its engine alive
         self.attached = True
@@ -81,7 +83,7 @@ class Engine:
         for cycle in self._cycles:
             cycle.abort()
         for form in self.forms.values():
-            if form.has_weight:  # else the layer has been changed, and this may be the clean-up after the error it caused
+            if form.weight_or_none is not None:  # else the layer has been changed, and this may be the clean-up after the error it caused
                 form.mean_in()
             form.live = False
             form.engine = None
@@ -147,11 +149,16 @@ class Engine:
     def held_by(self, optimizer: Optimizer) -> list[TrainingForm]:
         """The forms whose weights are in the optimizer's groups, in the plan's order; frozen ones only if they are built."""
         ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        held = [form for form in self.forms.values() if form.has_weight and id(form.weight) in ids]
-        lost = [form for form in self.forms.values() if not form.has_weight]
+        held, lost = [], []
+        for form in self.forms.values():
+            weight = form.weight_or_none
+            if weight is None:
+                lost.append(form)
+            elif id(weight) in ids and (form.built or weight.requires_grad):
+                held.append(form)
         if held and lost:  # not where the optimizer is another model's: the steps of all of them come by here
             _ = lost[0].weight  # raises, by name
-        return [form for form in held if form.built or form.weight.requires_grad]
+        return held
 
     def cycle_of(self, optimizer: Optimizer) -> StepCycle:
         """The step cycle on this optimizer, made at first sight."""
@@ -168,7 +175,7 @@ class Engine:
 
     def _catch_up(self, form: TrainingForm) -> None:
         """φ follows the weight, also after training, while the model still has that weight."""
-        if self.attached or form.has_weight:
+        if self.attached or form.weight_or_none is not None:
             with torch.no_grad():
                 form.follow()
 

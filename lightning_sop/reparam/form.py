@@ -77,9 +77,9 @@ class TrainingForm(nn.Module):
         return weight
 
     @property
-    def has_weight(self) -> bool:
-        """Whether the layer still has the parameter."""
-        return self._owner._parameters.get(self._name) is not None
+    def weight_or_none(self) -> nn.Parameter | None:
+        """The parameter, or None where the layer no longer has it."""
+        return self._owner._parameters.get(self._name)
 
     def extra_repr(self) -> str:
         shape = tuple(self.site.shape)

@@ -201,10 +201,11 @@ class StepCycle:
         for group in self.optimizer.param_groups:
             group["params"][:] = [phi for p in group["params"] for phi in (by_id[id(p)].phi if id(p) in by_id else [p])]
         self._swapped = True
+        state = self.optimizer.state
         for form in self._forms:
-            for phi, state in zip(form.phi, self._take_moments(form), strict=False):
-                if state:
-                    self.optimizer.state[phi] = state
+            for phi, moments in zip(form.phi, self._take_moments(form), strict=False):
+                if moments:
+                    state[phi] = moments
 
     def _swap_out(self) -> bool:
         """The plain network's groups and state again; returns whether φ was in place."""
