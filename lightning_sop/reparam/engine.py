@@ -152,7 +152,7 @@ class Engine:
         held, lost = [], []
         for form in self.forms.values():
             weight = form.weight_or_none
-            if weight is None:
+            if weight is None or weight.shape != form.site.shape:
                 lost.append(form)
             elif id(weight) in ids and (form.built or weight.requires_grad):
                 held.append(form)
