@@ -12,13 +12,13 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from lightning_sop.reparam.checks import FORMAT, check_optimizer, check_state
 from lightning_sop.reparam.form import TrainingForm
 from lightning_sop.reparam.names import child_name
 from lightning_sop.reparam.select import Plan
 from lightning_sop.reparam.stepping import StepCycle
 from lightning_sop.reparam.tied import TiedForm
 
-FORMAT = 1
 _live: weakref.WeakSet[Engine] = weakref.WeakSet()
 _discovery: RemovableHandle | None = None
 
@@ -83,7 +83,8 @@ class Engine:
         for cycle in self._cycles:
             cycle.abort()
         for form in self.forms.values():
-            if form.weight_or_none is not None:  # else the layer has been changed, and this may be the clean-up after the error it caused
+            # Otherwise the layer has been changed, and this may be the clean-up after the error it caused.
+            if form.weight_or_none is not None:
                 form.mean_in()
             form.live = False
             form.engine = None
@@ -111,7 +112,7 @@ class Engine:
             held = self.held_by(optimizer)
             self.build(held)
             if held:
-                _check_optimizer(optimizer)
+                check_optimizer(optimizer)
                 cycle = self.cycle_of(optimizer)
                 if index < len(self._loaded_moments):
                     _set_moments(cycle, self._loaded_moments[index])
@@ -223,7 +224,7 @@ class Engine:
         Raises:
             ValueError: the state is of another method, factor, model or format; the message names the parameter.
         """
-        _check(state, self.forms)
+        check_state(state, self.forms)
         self.generator.set_state(state["generator"].cpu())
         for name, form in self.forms.items():
             saved = state["forms"].get(name)
@@ -243,44 +244,9 @@ def live_engines() -> list[Engine]:
     return list(_live)
 
 
-def _check_optimizer(optimizer: Optimizer) -> None:
-    """Refuse optimizers through which φ cannot be updated."""
-    name = type(optimizer).__name__
-    if not getattr(type(optimizer).step, "hooked", False):
-        raise TypeError(
-            f"{name}.step does not run torch's optimizer step hooks, through which weights in training form are updated. "
-            "Its class must call torch.optim.Optimizer.__init__."
-        )
-    if any(base.__name__ == "ZeroRedundancyOptimizer" for base in type(optimizer).__mro__):
-        raise TypeError(f"{name} shards parameters over the ranks, and φ cannot follow. Use the optimizer that it wraps.")
-
-
 def _set_moments(cycle: StepCycle, moments: Mapping[str, Any]) -> None:
     cycle.moments = {name: [dict(state) for state in states] for name, states in moments.items()}
     cycle.loaded = set(cycle.moments)
-
-
-def _check(state: Mapping[str, Any], forms: Mapping[str, TrainingForm]) -> None:
-    """Refuse a state that was not saved by a run like this one."""
-    if state.get("format") != FORMAT:
-        raise ValueError(
-            f"The checkpoint's SimulatedOverparam state has format {state.get('format')!r}; this version reads {FORMAT}. "
-            "Resume with the version of lightning_sop that wrote it, or start from its weights alone."
-        )
-    for name, saved in state["forms"].items():
-        if name not in forms:
-            raise ValueError(
-                f"The checkpoint trains '{name}' in a larger form, which this run does not convert. Resume with the same "
-                "model, include, exclude, layers and rules, or start a new run from the checkpoint's weights."
-            )
-        form = forms[name]
-        ours = (type(form.method).__name__, form.method.settings, list(form.site.shape))
-        theirs = (saved["method"], saved["settings"], list(saved["shape"]))
-        if ours != theirs:
-            raise ValueError(
-                f"The checkpoint trains '{name}' as {theirs[0]} {theirs[1]} of shape {theirs[2]}, this run as {ours[0]} "
-                f"{ours[1]} of shape {ours[2]}. Resume with the checkpoint's settings, or start a new run from its weights."
-            )
 
 
 def _broadcast(tensors: Iterable[Tensor]) -> None:

@@ -53,8 +53,6 @@ class TrainingForm(nn.Module):
         self.discard()
         self.training = owner.training
 
-    # ------------------------------------------------------------------ what it stands for
-
     @property
     def built(self) -> bool:
         """Whether φ exists; until then the weight is an ordinary one."""
@@ -63,16 +61,14 @@ class TrainingForm(nn.Module):
     @property
     def weight(self) -> nn.Parameter:
         """The layer's own parameter, looked up each time (a module may be given a new one)."""
-        weight = self._owner._parameters.get(self._name)
-        if weight is None:
-            raise RuntimeError(
-                f"{self.site.name} is no longer a parameter of its layer (pruned, parametrized or deleted after "
-                f"SimulatedOverparam was attached). Do that before training starts, or exclude '{self.site.name}'."
+        weight = self.weight_or_none
+        if weight is None or weight.shape != self.site.shape:
+            what = (
+                "is no longer a parameter of its layer" if weight is None else f"has become of shape {tuple(weight.shape)}"
             )
-        if weight.shape != self.site.shape:
             raise RuntimeError(
-                f"{self.site.name} has become of shape {tuple(weight.shape)}; its training form is of {self.site.shape}. "
-                f"Change layers before training starts, or exclude '{self.site.name}'."
+                f"{self.site.name} {what}: it was pruned, parametrized, deleted or replaced after SimulatedOverparam was "
+                f"attached. Do that before training starts, or exclude '{self.site.name}'."
             )
         return weight
 
@@ -87,8 +83,6 @@ class TrainingForm(nn.Module):
 
     def _get_name(self) -> str:
         return type(self.method).__name__
-
-    # ------------------------------------------------------------------ φ
 
     @torch.no_grad()
     def build(self, *, near: bool = False) -> None:
@@ -135,8 +129,6 @@ class TrainingForm(nn.Module):
             weight = torch.empty_like(self.weight)
             self.method.write(weight, self.phi, None, self.site)
         return weight
-
-    # ------------------------------------------------------------------ what the weight holds
 
     @torch.no_grad()
     def mix_in(self) -> None:
@@ -217,8 +209,6 @@ class TrainingForm(nn.Module):
             self.method.shift(self.phi, self.collapsed(), self.weight, self.site)
             self._mark_collapsed()
 
-    # ------------------------------------------------------------------ the update
-
     def gradients(self) -> list[Tensor]:
         """Buffers for the gradients of φ, kept between steps (fresh memory every step is slow)."""
         if not self._gradients:
@@ -251,8 +241,6 @@ class TrainingForm(nn.Module):
             for phi, view in zip(self.phi, self.method.parameters(self.storage), strict=True):
                 view.copy_(phi)
                 phi.data = view
-
-    # ------------------------------------------------------------------ being a module
 
     @property
     def training(self) -> bool:

@@ -366,14 +366,6 @@ def test_table_is_printed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "net.0.weight" in text and "layer type BatchNorm1d is not asked for" in text
 
 
-def test_batchnorm_is_estimated_for_the_collapsed_weights(tmp_path: Path) -> None:
-    model = seeded(Classifier, dropout=0.0, shuffle=False)
-    fit(model, tmp_path, overparam(3, reestimate_batchnorm=4))
-    loader = model.train_dataloader()
-    means = torch.stack([model.net[0](inputs).mean(0) for inputs, _ in loader])
-    torch.testing.assert_close(model.net[1].running_mean, means.mean(0).detach(), rtol=1e-4, atol=1e-5)
-
-
 def test_frozen_weights_in_an_optimizer_stay_untouched(tmp_path: Path) -> None:
     """``Adam(self.parameters())`` holds a frozen backbone, too; mixing must not disturb it."""
 
