@@ -26,6 +26,10 @@ from lightning_sop.reparam.table import plan_table
 _UNSUPPORTED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy", "XLAStrategy", "SingleDeviceXLAStrategy")
 #: Callbacks that read the weights during training and have to find the collapsed ones.
 _AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
+_WEIGHTS_ONLY = (
+    "SimulatedOverparam: a weights-only checkpoint has no optimizer state to resume from. Begin a new run from its weights: "
+    "Model.load_from_checkpoint(path), then fit without ckpt_path, with MajorityKernels(init='spread')."
+)
 
 
 class SimulatedOverparam(Callback):
@@ -138,6 +142,8 @@ class SimulatedOverparam(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the plain model and the plain optimizers behind, whatever was going on."""
         self._detach()
+        if isinstance(exception, KeyError) and "contains only the model" in str(exception):
+            rank_zero_info(_WEIGHTS_ONLY)  # Lightning tells why it cannot resume, and no hook comes before
 
     def _detach(self) -> None:
         if self.engine is not None and self.engine.attached:

@@ -132,14 +132,15 @@ def test_factor_one_continues_a_plain_checkpoint_bitwise(tmp_path: Path) -> None
     assert same_tensors(dict(part.state_dict()), dict(full.state_dict()))
 
 
-def test_weights_only_checkpoint(tmp_path: Path) -> None:
+def test_weights_only_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """It holds the deployable weights; Lightning itself cannot resume from it, and says so."""
     model = make()
     fit(model, tmp_path, overparam(4), ModelCheckpoint(tmp_path, filename="w", save_weights_only=True))
     saved = torch.load(tmp_path / "w.ckpt", weights_only=True)
     assert same_tensors(dict(saved["state_dict"]), dict(model.state_dict()))
-    with pytest.raises(KeyError, match="only the model"):
+    with caplog.at_level("INFO"), pytest.raises(KeyError, match="only the model"):
         fit(make(), tmp_path, overparam(4), ckpt=tmp_path / "w.ckpt", max_epochs=3)
+    assert "Model.load_from_checkpoint(path), then fit without ckpt_path" in caplog.text
     again = Classifier.load_from_checkpoint(tmp_path / "w.ckpt")
     fit(again, tmp_path, SimulatedOverparam(MajorityKernels(4, init="spread"), verbose=False))
 
