@@ -70,7 +70,6 @@ class PlanRow:
     site: Site
     method: Method | None = None
     reason: str = ""  #: why it stays plain, or a remark
-    trainable: bool = True
 
     @property
     def name(self) -> str:
@@ -195,7 +194,7 @@ def _row(
     method: Method | None = None,
     reason: str = "",
 ) -> PlanRow:
-    return PlanRow(names, type(layer).__name__, site, method, reason, parameter.requires_grad)
+    return PlanRow(names, type(layer).__name__, site, method, reason)
 
 
 def _site(layer: nn.Module, name: str, parameter: nn.Parameter) -> Site:

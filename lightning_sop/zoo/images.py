@@ -3,14 +3,13 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from lightning_sop.zoo.loading import DataError, make_loader
+from lightning_sop.zoo.loading import DataError, SplitDataModule
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class ImageSet(Dataset[tuple[Tensor, Tensor]]):
         return images, self.labels[indices]
 
 
-class ImageData(LightningDataModule, ABC):
+class ImageData(SplitDataModule, ABC):
     """Base of the image DataModules: a seeded validation split, and loaders.
 
     Args:
@@ -99,20 +98,5 @@ class ImageData(LightningDataModule, ABC):
             "test": self._image_set(arrays.test_images, arrays.test_labels),
         }
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        return self._loader("train", shuffle=True)
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        return self._loader("val")
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        return self._loader("test")
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        return self._loader("test")
-
     def _image_set(self, images: Tensor, labels: Tensor) -> ImageSet:
         return ImageSet(images, labels, self.scale, self.mean, self.std)
-
-    def _loader(self, split: str, *, shuffle: bool = False) -> DataLoader[Any]:
-        return make_loader(self._splits[split], self.batch_size, self.num_workers, shuffle=shuffle)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 
@@ -33,3 +34,26 @@ def make_loader(dataset: Dataset[Any], batch_size: int, num_workers: int, *, shu
         pin_memory=torch.cuda.is_available(),
         collate_fn=take_batch,
     )
+
+
+class SplitDataModule(LightningDataModule):
+    """A DataModule whose ``setup`` fills ``_splits`` with the datasets ``train``, ``val`` and ``test``."""
+
+    batch_size: int
+    num_workers: int
+    _splits: dict[str, Any]
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self._loader("train", shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        return self._loader("test")
+
+    def _loader(self, split: str, *, shuffle: bool = False) -> DataLoader[Any]:
+        return make_loader(self._splits[split], self.batch_size, self.num_workers, shuffle=shuffle)

@@ -4,14 +4,12 @@ import os
 import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from lightning_sop.zoo.loading import DataError, make_loader
+from lightning_sop.zoo.loading import DataError, SplitDataModule
 
 SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
 """Other people's packages, caches, and tests, which some distributions leave out."""
@@ -46,7 +44,7 @@ class TokenWindows(Dataset[tuple[Tensor, Tensor]]):
         return windows[:, :-1], windows[:, 1:]
 
 
-class PythonSource(LightningDataModule):
+class PythonSource(SplitDataModule):
     """Bytes of the running Python's standard library as a language-modelling text (256 tokens); nothing is downloaded.
 
     Files are taken whole, in the order of their names, until ``max_bytes`` are reached; validation and test consist of
@@ -86,21 +84,6 @@ class PythonSource(LightningDataModule):
             if not len(windows):
                 raise DataError(f"max_bytes={self.max_bytes} leaves no window of {self.context} for {split}: raise it")
             self._splits[split] = windows
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        return self._loader("train", shuffle=True)
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        return self._loader("val")
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        return self._loader("test")
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        return self._loader("test")
-
-    def _loader(self, split: str, *, shuffle: bool = False) -> DataLoader[Any]:
-        return make_loader(self._splits[split], self.batch_size, self.num_workers, shuffle=shuffle)
 
 
 def source_files(root: Path) -> list[Path]:
