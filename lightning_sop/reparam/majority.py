@@ -181,10 +181,13 @@ class MajorityKernels(Method):
             kernels = [kernel.float() for kernel in phi] if low_precision else phi
             weight.copy_(self.collapse(kernels, site) if mix is None else self.compose(kernels, mix, site))
             return
-        first, *rest = mix.tolist()
-        torch.mul(phi[0], first, out=weight)
-        for factor, kernel in zip(rest, phi[1:], strict=True):
-            weight.add_(kernel, alpha=factor)
+        # Σ v_i W_i with Σ v_i = 1, as a chain of means of two kernels: less traffic than a sum of products.
+        mean, (total, *rest) = phi[0], mix.tolist()
+        for share, kernel in zip(rest, phi[1:], strict=True):
+            total += share
+            mean = torch.lerp(mean, kernel, share / total if total else 0.0, out=weight)
+        if not rest:
+            weight.copy_(mean)
 
     def pull_back(self, phi: Sequence[Tensor], mix: Tensor | None, grad: Tensor, site: Site, out: Sequence[Tensor]) -> None:
         """Closed form: s v_i ∂L/∂W for each kernel (v_i = 1/k where the weight was the mean)."""
