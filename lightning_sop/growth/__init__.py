@@ -1,0 +1,8 @@
+"""Growing networks in width: trained networks fused into a larger one (Deep Fusion, arXiv 2306.11903). Pure torch."""
+
+from lightning_sop.growth.errors import FusionError
+from lightning_sop.growth.fuse import Fusion, GrowthOp, fuse
+from lightning_sop.growth.layout import Layout, TensorMap
+from lightning_sop.growth.verify import Proof
+
+__all__ = ["Fusion", "FusionError", "GrowthOp", "Layout", "Proof", "TensorMap", "fuse"]

@@ -1,0 +1,91 @@
+"""The proof of a fusion: the grown network against the average of its donors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from lightning_sop.deploy.replay import Call, compare
+from lightning_sop.growth.choices import fused_output
+from lightning_sop.growth.errors import FusionError
+from lightning_sop.growth.layout import Layout
+from lightning_sop.growth.match import differing_axes
+from lightning_sop.growth.probe import answer, float_tensors, record_visits
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The measured gap between the grown network and the average of its donors' outputs.
+
+    Attributes:
+        gap: largest difference, relative to the largest value of the output it is found in.
+        promised: whether theory says that there is none.
+        outputs: number of output tensors compared.
+        inexact: norms over the units of several donors, which is where a gap that was not promised away arises.
+    """
+
+    gap: float
+    promised: bool
+    outputs: int
+    inexact: tuple[str, ...]
+
+    def __str__(self) -> str:
+        if self.promised or not self.inexact:
+            return f"grown network = average of the donors up to {self.gap:.1e}"
+        return (
+            f"grown network = average of the donors up to {self.gap:.1e}, because {len(self.inexact)} norms run over units "
+            f"of several donors ({self.inexact[0]}, ...)"
+        )
+
+
+def prove(
+    donors: Sequence[nn.Module],
+    grown: nn.Module,
+    calls: Sequence[Call],
+    layout: Layout,
+    *,
+    promised: bool,
+    tolerance: float,
+) -> Proof:
+    """Compare outputs on a probe.
+
+    Raises:
+        FusionError: the gap is above the tolerance although exactness was promised; names the first layer that differs.
+    """
+    expected = [float_tensors(answer(donor, calls)) for donor in donors]
+    measured = float_tensors(answer(grown, calls))
+    pairs = []
+    for index, output in enumerate(measured):
+        reference = fused_output([outputs[index] for outputs in expected], output, layout.weights)
+        if reference is not None:
+            pairs.append((reference, output))
+    if not pairs:
+        raise FusionError("no output of the probe can be compared: the model returns no floating-point tensors")
+    names = [f"output {number}" for number in range(len(pairs))]
+    gap = compare([a for a, _ in pairs], [b for _, b in pairs], names)
+    if promised and gap.exceeds(tolerance):
+        raise FusionError(
+            f"the fused network differs from the average of its donors by {gap.relative:.2e} of the largest output, where "
+            f"it should be the same{_first_difference(donors, grown, calls, layout, tolerance)}"
+        )
+    return Proof(gap.relative, promised, len(pairs), () if promised else layout.inexact)
+
+
+def _first_difference(
+    donors: Sequence[nn.Module], grown: nn.Module, calls: Sequence[Call], layout: Layout, tolerance: float
+) -> str:
+    """The first layer whose output is not the donors' outputs in their places."""
+    known = [record_visits(donor, calls)[0] for donor in donors]
+    for path, visits in record_visits(grown, calls)[0].items():
+        places = layout.outputs.get(path)
+        if places is None:
+            continue
+        here = visits[0].outputs[0]
+        there = [visit[path][0].outputs[0] for visit in known]
+        growing = differing_axes(here.shape, [tensor.shape for tensor in there]) or [0]
+        reference = places.place(there, here.clone(), growing[0])
+        if compare([reference], [here], [path]).exceeds(tolerance):
+            return f"; the first layer that differs is {path}"
+    return ""
