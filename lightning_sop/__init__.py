@@ -6,31 +6,44 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_sop.callbacks import CollapseOnSave, SimulatedOverparam
+    from lightning_sop.callbacks import CollapseOnSave, DeepFusionGrow, SimulatedOverparam
+    from lightning_sop.growth import AtFraction, AtStep, FusionError, OnPlateau, fuse
     from lightning_sop.reparam import MajorityKernels, Method, Rule, collapse_, expand_
 
 __version__ = "0.1.0"
 
 # Imported when asked for: a plain torch loop needs no Lightning.
 _HOMES = {
+    "AtFraction": "lightning_sop.growth",
+    "AtStep": "lightning_sop.growth",
     "CollapseOnSave": "lightning_sop.callbacks",
+    "DeepFusionGrow": "lightning_sop.callbacks",
+    "FusionError": "lightning_sop.growth",
+    "OnPlateau": "lightning_sop.growth",
     "SimulatedOverparam": "lightning_sop.callbacks",
     "MajorityKernels": "lightning_sop.reparam",
     "Method": "lightning_sop.reparam",
     "Rule": "lightning_sop.reparam",
     "collapse_": "lightning_sop.reparam",
     "expand_": "lightning_sop.reparam",
+    "fuse": "lightning_sop.growth",
 }
 
 __all__ = [
+    "AtFraction",
+    "AtStep",
     "CollapseOnSave",
+    "DeepFusionGrow",
+    "FusionError",
     "MajorityKernels",
     "Method",
+    "OnPlateau",
     "Rule",
     "SimulatedOverparam",
     "__version__",
     "collapse_",
     "expand_",
+    "fuse",
 ]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lightning_sop"
-BELOW = ("reparam", "deploy")
+BELOW = ("reparam", "deploy", "growth")
 
 
 @pytest.mark.parametrize("room", BELOW)

@@ -3,6 +3,20 @@
 from lightning_sop.growth.errors import FusionError
 from lightning_sop.growth.fuse import Fusion, GrowthOp, fuse
 from lightning_sop.growth.layout import Layout, TensorMap
+from lightning_sop.growth.schedule import AtFraction, AtStep, Moment, OnPlateau, Schedule
 from lightning_sop.growth.verify import Proof
 
-__all__ = ["Fusion", "FusionError", "GrowthOp", "Layout", "Proof", "TensorMap", "fuse"]
+__all__ = [
+    "AtFraction",
+    "AtStep",
+    "Fusion",
+    "FusionError",
+    "GrowthOp",
+    "Layout",
+    "Moment",
+    "OnPlateau",
+    "Proof",
+    "Schedule",
+    "TensorMap",
+    "fuse",
+]

@@ -11,7 +11,9 @@ _BOOKKEEPING = frozenset(nn.Module().__dict__) | {"training"}
 
 
 @torch.no_grad()
-def adopt(module: nn.Module, grown: nn.Module, before: nn.Module | None = None) -> dict[nn.Parameter, nn.Parameter]:
+def adopt(
+    module: nn.Module, grown: nn.Module, before: nn.Module | None = None, *, keep: frozenset[str] = frozenset()
+) -> dict[nn.Parameter, nn.Parameter]:
     """Turn ``module`` into ``grown``, keeping every module object and every parameter whose shape does not change.
 
     Args:
@@ -19,12 +21,13 @@ def adopt(module: nn.Module, grown: nn.Module, before: nn.Module | None = None) 
         grown: built with the new hyper-parameters, holding the weights to take over; must not be used afterwards.
         before: built with the old hyper-parameters; attributes in which it does not differ from ``grown`` stay as they are
             in ``module``. Without it, those that differ between ``module`` and ``grown`` are taken over.
+        keep: names of attributes that stay in any case.
 
     Returns:
         For every parameter of ``module`` that had to be replaced, its successor.
     """
     replaced: dict[nn.Parameter, nn.Parameter] = {}
-    _adopt(module, grown, before, replaced, {})
+    _adopt(module, grown, before, replaced, {}, _BOOKKEEPING | keep)
     return replaced
 
 
@@ -34,10 +37,11 @@ def _adopt(
     before: nn.Module | None,
     replaced: dict[nn.Parameter, nn.Parameter],
     taken: dict[int, nn.Parameter],
+    keep: frozenset[str],
 ) -> None:
     module, grown = eager(module), eager(grown)
     before = None if before is None else eager(before)
-    _attributes(module, grown, before)
+    _attributes(module, grown, before, keep)
     for name, new in grown._parameters.items():
         old = module._parameters.get(name)
         if new is None:
@@ -58,7 +62,8 @@ def _adopt(
         if buffer is None or current is None:
             continue
         if current.shape == buffer.shape:
-            current.copy_(buffer)
+            if name not in grown._non_persistent_buffers_set:  # others are no part of what was fused
+                current.copy_(buffer)
         else:
             module._buffers[name] = buffer.detach().to(current.device, current.dtype)
     for name, child in grown._modules.items():
@@ -69,7 +74,7 @@ def _adopt(
             module.add_module(name, child)
         else:
             inner = None if before is None else before._modules.get(name)
-            _adopt(mine, child, inner, replaced, taken)
+            _adopt(mine, child, inner, replaced, taken, keep)
 
 
 def eager(module: nn.Module) -> nn.Module:
@@ -78,13 +83,11 @@ def eager(module: nn.Module) -> nn.Module:
     return inner if inner is not None else module
 
 
-def _attributes(module: nn.Module, grown: nn.Module, before: nn.Module | None) -> None:
+def _attributes(module: nn.Module, grown: nn.Module, before: nn.Module | None, keep: frozenset[str]) -> None:
     """Numbers, shapes and configurations that follow the width."""
     reference = module if before is None else before
     for name, value in grown.__dict__.items():
-        if name in _BOOKKEEPING or callable(value) or isinstance(value, nn.Module) or name not in module.__dict__:
-            continue
-        if name.startswith("_") and type(grown).__module__.startswith("lightning"):
+        if name in keep or callable(value) or isinstance(value, nn.Module) or name not in module.__dict__:
             continue
         if name in reference.__dict__ and _same(reference.__dict__[name], value):
             continue

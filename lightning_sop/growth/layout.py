@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_sop.deploy.replay import Call
 from lightning_sop.growth.axes import AxisMap
 from lightning_sop.growth.blocks import Axes
+from lightning_sop.growth.check import check_names
 from lightning_sop.growth.choices import CHUNKS, Choices, MismatchError, RetryError
 from lightning_sop.growth.errors import FusionError
 from lightning_sop.growth.guided import GuidedPass
@@ -123,7 +124,7 @@ def find_layout(
     Raises:
         FusionError: other architecture, missing tensors, widths that do not add up, or a layer that cannot be explained.
     """
-    _check_names(donors, grown)
+    check_names(donors, grown)
     generator = torch.Generator().manual_seed(0)
     subjects = [_scrambled(donor, generator) for donor in donors]
     recorded = [record_visits(subject, calls) for subject in subjects]
@@ -241,21 +242,6 @@ def _tensor_maps(done: GuidedPass, grown: nn.Module, donors: Sequence[nn.Module]
         shapes = tuple(tuple(state[name].shape) for state in states)
         maps[aliases[0]] = TensorMap(aliases[0], tuple(aliases), tuple(tensor.shape), shapes, axes, probed)
     return maps
-
-
-def _check_names(donors: Sequence[nn.Module], grown: nn.Module) -> None:
-    wanted = grown.state_dict()
-    for number, donor in enumerate(donors, 1):
-        state = donor.state_dict()
-        missing, more = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-        if missing or more:
-            name = (missing or more)[0]
-            shape = tuple((wanted if missing else state)[name].shape)
-            where = "is in the grown model but not in the donor" if missing else "is in the donor but not in the grown model"
-            raise FusionError(
-                f"donor {number}: {name}, of shape {shape}, {where} ({len(missing)} missing, {len(more)} more); donors and "
-                "grown model must be of one architecture"
-            )
 
 
 def _scrambled(model: nn.Module, generator: torch.Generator) -> nn.Module:

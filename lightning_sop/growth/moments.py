@@ -22,7 +22,10 @@ from lightning_sop.growth.fuse import GrowthOp
 from lightning_sop.growth.layout import TensorMap
 
 OptimizerState = Mapping[str, Any]
-MapState = Callable[[GrowthOp, Sequence[Mapping[str, OptimizerState]], Mapping[str, Tensor]], dict[str, dict[str, Any]]]
+MapState = Callable[
+    [GrowthOp, torch.optim.Optimizer, Sequence[Mapping[str, OptimizerState]], Mapping[str, Tensor]],
+    dict[str, dict[str, Any]],
+]
 
 #: By optimizer (subclasses count): with which power of the gradient an entry grows. 0: it does not depend on its scale.
 POWERS: Mapping[str, Mapping[str, int]] = {
