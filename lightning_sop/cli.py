@@ -16,6 +16,8 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 
 PROGRAM = "lightning-sop"
@@ -130,20 +132,64 @@ def inspect(words: list[str]) -> None:
             "exit_on_error": False,
             "prog": f"{PROGRAM} inspect",
             "description": "Show, without training, what becomes of every parameter: counts before and after, and the "
-            "reason for each one left alone. Takes the options and configurations of 'fit'. Layers that a module "
-            "builds in its setup() do not exist yet and are not shown.",
+            "reason for each one left alone. Takes the options and configurations of 'fit'. For layers that a module builds "
+            "in its setup(), that of the data module is called first; prepare_data() never is. Where one of them cannot run "
+            "without training, a line says so, and what exists is shown.",
         },
     )
     configured = cli.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector, which mypy cannot see
     callbacks = [callback for callback in configured if isinstance(callback, SimulatedOverparam)]
     if not callbacks:
         raise UsageError("no lightning_sop.SimulatedOverparam among trainer.callbacks: nothing to inspect")
-    cli.model.configure_model()
+    for note in build_late_layers(cli):
+        print(f"{PROGRAM}: note: {' '.join(note.split())}", file=sys.stderr)
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH_OF_FILES)
     for callback in callbacks:
         console.print(callback.plan(cli.model))
+
+
+def build_late_layers(cli: LightningCLI) -> list[str]:
+    """Run the hooks in which a module may build layers, as ``Trainer._run`` does, but prepare, download and train nothing.
+
+    The data module's ``setup`` comes first, as in a run, and only where the module has one of its own to read its results.
+
+    Args:
+        cli: what was built from the configuration.
+
+    Returns:
+        What could not be run, one note for each.
+
+    Raises:
+        Exception: an error in ``configure_model`` that no failed ``setup`` explains.
+    """
+    model, trainer, notes = cli.model, cli.trainer, []
+    # what the hooks may read: self.trainer with its datamodule, module and stage; no process and no device is set up
+    trainer.state.fn, trainer.training = TrainerFn.FITTING, True
+    trainer.strategy.connect(model)
+    trainer._data_connector.attach_data(model, datamodule=cli.datamodule)
+    owners = (cli.datamodule, model) if is_overridden("setup", model) else ()
+    for owner in owners:
+        if owner is None:
+            continue
+        try:
+            owner.setup(stage=TrainerFn.FITTING)
+        except Exception as error:  # user code, perhaps in want of prepared data, of processes or of a device
+            what = f"{type(owner).__name__}.setup()"
+            notes.append(f"{what} cannot run without training, layers that need it are not shown: {told(error)}")
+    try:
+        model.configure_model()
+    except Exception as error:
+        if not notes:
+            raise
+        notes.append(f"{type(model).__name__}.configure_model() could not run after that: {told(error)}")
+    return notes
+
+
+def told(error: Exception) -> str:
+    """An error's type and message."""
+    return f"{type(error).__name__}: {error}"
 
 
 def collapse(words: list[str]) -> None:
@@ -168,11 +214,17 @@ def collapse(words: list[str]) -> None:
     parser.add_argument("source", help="training checkpoint")
     parser.add_argument("-o", "--output", help="file to write, .ckpt or .safetensors (default: SOURCE's stem.deploy.ckpt)")
     parser.add_argument("--dtype", choices=DTYPES, help="floating-point type of the written weights (default: as trained)")
+    parser.add_argument(
+        "--keep_compiled_names",
+        action="store_true",
+        help="keep the '_orig_mod.' that torch.compile puts into names, for a class that compiles parts in its own __init__ "
+        "(default: names are stripped of it)",
+    )
     options = parser.parse_args(words)
     source, target = options.source, options.output or deploy_path(options.source)
     if os.path.realpath(source) == os.path.realpath(target):
         raise UsageError(f"{target}: would overwrite the training checkpoint; name another file with -o")
-    receipt = collapse_file(source, target, dtype=options.dtype)
+    receipt = collapse_file(source, target, dtype=options.dtype, keep_compiled_names=options.keep_compiled_names)
     print(f"wrote {target}")
     for key, value in receipt.items():
         print(f"  {key}: {value}")

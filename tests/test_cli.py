@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from torch import nn
 
 from lightning_sop.cli import main
@@ -34,6 +34,52 @@ class BuiltLate(LightningModule):
 
     def configure_model(self):
         self.late = nn.Linear(3, 2)
+
+
+class Widths(LightningDataModule):
+    """Data whose width is known once they are set up; ``lost`` is a reason why they cannot be."""
+
+    def __init__(self, lost: str = ""):
+        super().__init__()
+        self.lost = lost
+
+    def prepare_data(self):
+        raise AssertionError("a dry run downloads nothing")
+
+    def setup(self, stage):
+        if self.lost:
+            raise FileNotFoundError(f"{self.lost}\nlook for it")
+        assert stage == "fit"
+        self.width = 7
+
+
+class BuiltInSetup(LightningModule):
+    """A module that builds a layer in setup(), as wide as its data, one in configure_model() and one before."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 2)
+
+    def setup(self, stage):
+        assert stage == "fit" and self.trainer.training and self.trainer.lightning_module is self
+        self.body = nn.Linear(getattr(self.trainer.datamodule, "width", 5), 4)
+
+    def configure_model(self):
+        self.neck = nn.Linear(self.body.out_features, 4)
+
+
+class SetupOfData(BuiltInSetup):
+    """Cannot be built without its data."""
+
+    def setup(self, stage):
+        self.body = nn.Linear(self.trainer.datamodule.width, 4)
+
+
+class Broken(LightningModule):
+    """Nothing but a bug in configure_model()."""
+
+    def configure_model(self):
+        self.late = {}["layer"]
 
 
 class Defective(ImageClassifier):
@@ -69,6 +115,16 @@ def test_collapse_names_its_file_and_casts(tmp_path):
     (deploy_file,) = tmp_path.glob("checkpoints/*.deploy.ckpt")
     written = torch.load(deploy_file, weights_only=True)["state_dict"]
     assert {weight.dtype for weight in written.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_collapse_keeps_the_names_of_compiled_parts_where_asked(keep, capsys):
+    names = ["net._orig_mod.weight", "head.weight"]
+    torch.save({"state_dict": {name: torch.ones(2, 2) for name in names}}, "run.ckpt")
+    assert main(["collapse", "run.ckpt", "-o", "small.ckpt", *["--keep_compiled_names"][:keep]]) == 0
+    written = list(torch.load("small.ckpt", weights_only=True)["state_dict"])
+    assert written == (names if keep else ["net.weight", "head.weight"])
+    assert ("stripped of '_orig_mod.'" in capsys.readouterr().out) is not keep
 
 
 @pytest.mark.filterwarnings("ignore:.*will be overridden by")  # which is what this user asks for
@@ -107,6 +163,55 @@ def test_inspect_builds_late_layers(capsys):
     callback = "--trainer.callbacks=lightning_sop.SimulatedOverparam"
     assert main(["inspect", f"--model={__name__}.BuiltLate", callback, "--trainer.logger=false"]) == 0
     assert "late.weight" in capsys.readouterr().out
+
+
+def inspected(module, capsys, *words):
+    """The table and the notes of a dry run of one of this file's modules."""
+    model, callback = f"--model={__name__}.{module.__name__}", "--trainer.callbacks=lightning_sop.SimulatedOverparam"
+    assert main(["inspect", model, callback, *words, "--trainer.accelerator=cpu"]) == 0
+    captured = capsys.readouterr()
+    return captured.out, [line for line in captured.err.splitlines() if line.startswith("lightning-sop: note: ")]
+
+
+DATA = f"--data={__name__}.Widths"
+LOST = DATA, "--data.lost=no such folder"
+
+
+@pytest.mark.parametrize("words", [(), ("--trainer.strategy=ddp", "--trainer.devices=2")], ids=["one", "two processes"])
+@pytest.mark.parametrize("module", [BuiltInSetup, SetupOfData])
+def test_inspect_builds_the_layers_of_setup(module, words, capsys):
+    table, notes = inspected(module, capsys, DATA, *words)
+    assert [name for name in ("head.weight", "body.weight", "neck.weight") if name not in table] == []
+    assert "4x7" in table  # the data were set up, and before the module
+    assert notes == []
+
+
+def test_inspect_builds_the_layers_of_setup_without_data(capsys):
+    table, notes = inspected(BuiltInSetup, capsys)
+    assert "4x5" in table and notes == []
+
+
+def test_inspect_sets_up_no_data_that_nobody_reads(capsys):
+    assert inspected(BuiltLate, capsys, *LOST)[1] == []
+
+
+def test_inspect_without_the_data_shows_what_can_be_built(capsys):
+    table, (note,) = inspected(BuiltInSetup, capsys, *LOST)
+    assert "neck.weight" in table
+    assert "Widths.setup() cannot run without training" in note
+    assert note.endswith("FileNotFoundError: no such folder look for it")
+
+
+def test_inspect_shows_what_exists_where_setup_fails(capsys):
+    table, (*_, ours, then) = inspected(SetupOfData, capsys, *LOST)
+    assert "head.weight" in table and "body" not in table
+    assert "SetupOfData.setup() cannot run without training" in ours and "AttributeError: 'Widths'" in ours
+    assert "SetupOfData.configure_model() could not run after that: AttributeError: 'SetupOfData'" in then
+
+
+def test_inspect_keeps_the_traceback_of_a_defect(capsys):
+    with pytest.raises(KeyError, match="layer"):
+        inspected(Broken, capsys)
 
 
 def test_help_names_all_commands(capsys):
