@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from lightning_sop.deploy.replay import Call
 from lightning_sop.growth import blocks
 from lightning_sop.growth.errors import FusionError
 from lightning_sop.growth.layout import Layout, TensorMap, find_layout
+from lightning_sop.growth.norms import group_norms_, ungroup_norms_
 from lightning_sop.growth.verify import Proof, prove
 
 State = Mapping[str, Tensor]
@@ -143,6 +144,7 @@ def fuse(
     off_diagonal: float = 0.0,
     chunks: Mapping[str, int] | None = None,
     widen: str | None = None,
+    norm: Literal["joint", "grouped"] = "joint",
     tolerance: float = 1e-5,
     seed: int = 0,
 ) -> Fusion:
@@ -161,6 +163,8 @@ def fuse(
         off_diagonal: standard deviation of noise between donors, relative to the donors' weights; 0 keeps the function.
         chunks: see :func:`~lightning_sop.growth.layout.find_layout`.
         widen: ``"new"`` or ``"copy"`` to fill units beyond the donors', see :func:`find_layout`.
+        norm: what becomes of norms over the units of different donors: ``"joint"`` leaves the architecture alone and
+            measures the gap, ``"grouped"`` makes them grouped norms (:mod:`lightning_sop.growth.norms`), which is exact.
         tolerance: the largest gap, relative to the largest output, where the fusion is exact in theory.
         seed: of the noise.
 
@@ -170,15 +174,28 @@ def fuse(
     sources, distinct = _sources(donors)
     weights = default_weights(sources) if weights is None else _checked(weights, len(donors))
     calls = as_calls(probe)
-    op = GrowthOp(find_layout(donors, into, calls, weights, chunks=chunks, widen=widen), sources)
+    layout = find_layout(donors, into, calls, weights, chunks=chunks, widen=widen)
     before = {name: tensor.detach().clone() for name, tensor in into.state_dict().items()}
     try:
+        if norm == "grouped" and len(distinct) > 1:
+            group_norms_(into, {path: _sizes(layout, path, into) for path in layout.inexact})
+            layout = replace(layout, inexact=())
+        op = GrowthOp(layout, sources)
         write(op, [network.state_dict() for network in distinct], into, off_diagonal, seed)
-        proof = prove(donors, into, calls, op.layout, promised=promised(op, off_diagonal, widen), tolerance=tolerance)
+        proof = prove(donors, into, calls, layout, promised=promised(op, off_diagonal, widen), tolerance=tolerance)
     except BaseException:
+        ungroup_norms_(into)
         into.load_state_dict(before)
         raise
     return Fusion(op, proof)
+
+
+def _sizes(layout: Layout, path: str, model: nn.Module) -> list[int]:
+    """How many units of each donor lie side by side in a norm."""
+    axis = layout.outputs.get(path)
+    if axis is None or axis.chunks != 1 or len(axis.new):
+        raise FusionError(f"{path}: the donors' units do not lie side by side there, so this norm cannot be grouped")
+    return [len(axis.positions(donor)[0]) for donor in range(len(layout.weights))]
 
 
 def promised(op: GrowthOp, off_diagonal: float, widen: str | None) -> bool:

@@ -152,8 +152,9 @@ class GuidedPass:
             return None
         axis = growing[0]
         # A head that shares its weight with an embedding: the weights of the average come with its input.
-        wanted = [w * tensor for w, tensor in zip(self._weights, donors, strict=True)] if tied else donors
         sizes = [tensor.shape[axis] for tensor in donors]
+        copies = value.shape[axis] // sum(sizes) if self._widen == "copy" else 1
+        wanted = [w / copies * tensor for w, tensor in zip(self._weights, donors, strict=True)] if tied else donors
         guesses = [side_by_side(sizes, value.shape[axis], chunks, copy=self._widen == "copy") for chunks in CHUNKS]
         regular = [guess for guess in guesses if guess is not None]
         found = match(value, wanted, axis, regular)
@@ -233,7 +234,7 @@ class GuidedPass:
         if measured is not None:
             follows = role.kind in ("in", "same") or not known(module)
             if follows and len(measured) == size:
-                return replace(measured, summed=role.kind == "in")
+                return self._as(role, measured, sizes)
             if role.kind == "out" and getattr(module, "groups", 1) > 1:
                 return by_groups(measured, size, module.groups, sizes)  # type: ignore[arg-type]
         if role.kind == "keep":
@@ -246,7 +247,12 @@ class GuidedPass:
                 f"{name}: an axis has {' + '.join(map(str, sizes))} units in the donors and {size} in the grown "
                 f"model{parts}; expected {sum(sizes)}, or no growth"
             )
-        return replace(found, summed=role.kind == "in")
+        return self._as(role, found, sizes)
+
+    @staticmethod
+    def _as(role: Role, axis: AxisMap, sizes: list[int]) -> AxisMap:
+        """What is summed over counts each of the donors' units once, however many copies there are."""
+        return replace(axis, summed=True).averaging([1.0] * len(sizes)) if role.kind == "in" else axis
 
     # ------------------------------------------------------------------ outputs
 

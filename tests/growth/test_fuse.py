@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import pickle
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_sop.growth import FusionError, fuse
+from lightning_sop.growth.norms import group_like_, group_norms_
 from lightning_sop.zoo.nets import Decoder
 from tests.growth.architectures import (
     ARCHITECTURES,
@@ -83,6 +86,51 @@ def test_norms_over_different_donors_leave_a_gap_that_is_measured(architecture: 
     assert fusion.proof.inexact
     assert fusion.proof.gap > 1e-3
     assert fusion.proof.inexact[0] in str(fusion.proof)
+
+
+@normalized
+def test_grouped_norms_are_exact_for_different_donors(architecture: Architecture) -> None:
+    donors, wide = [architecture.donor(0), architecture.donor(1)], architecture.wide()
+    names = set(wide.state_dict())
+    fusion = fuse(donors, wide, architecture.probe, norm="grouped")
+    assert fusion.proof.promised
+    assert gap(donors, (0.5, 0.5), wide, other_inputs(architecture.probe)) <= 1e-5
+    added = set(wide.state_dict()) - names
+    assert added
+    assert all(name.endswith(".groups") for name in added)
+    for rebuilt in (copy.deepcopy(wide), pickle.loads(pickle.dumps(wide)), architecture.wide()):
+        with contextlib.suppress(RuntimeError):
+            rebuilt.load_state_dict(wide.state_dict())
+        group_like_(rebuilt, wide.state_dict())
+        rebuilt.load_state_dict(wide.state_dict())
+        torch.testing.assert_close(outputs(rebuilt, architecture.probe), outputs(wide, architecture.probe), rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="groups"):  # not taken for the plain architecture by mistake
+        architecture.wide().load_state_dict(wide.state_dict())
+
+
+def test_grouped_norms_train() -> None:
+    """Against the formula, values and gradients."""
+    torch.manual_seed(0)
+    norm, x = nn.Sequential(nn.LayerNorm(10)).double(), torch.randn(3, 4, 10, dtype=torch.float64, requires_grad=True)
+    with torch.no_grad():
+        norm[0].weight.normal_()
+        norm[0].bias.normal_()
+    group_norms_(norm, {"0": [4, 6]})
+    parts = [nn.functional.layer_norm(part, part.shape[-1:]) for part in x.split([4, 6], -1)]
+    expected = torch.cat(parts, -1) * norm[0].weight + norm[0].bias
+    torch.testing.assert_close(norm(x), expected, rtol=1e-12, atol=1e-12)
+    leaves = [x, norm[0].weight, norm[0].bias]
+    for ours, theirs in zip(
+        torch.autograd.grad(norm(x).pow(3).sum(), leaves), torch.autograd.grad(expected.pow(3).sum(), leaves), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_norms_that_cannot_be_grouped() -> None:
+    with pytest.raises(FusionError, match=r"0: BatchNorm1d cannot be split"):
+        group_norms_(nn.Sequential(nn.BatchNorm1d(4)), {"0": [2, 2]})
+    with pytest.raises(FusionError, match=r"0: LayerNorm cannot be split into groups of \(2, 3\)"):
+        group_norms_(nn.Sequential(nn.LayerNorm(4)), {"0": [2, 3]})
 
 
 @every
@@ -185,6 +233,48 @@ def test_the_plan_can_be_read() -> None:
     assert rules["embedding.weight"] == "axis 1: 16|16"
     assert fusion.layout.tensors["embedding.weight"].names == ("embedding.weight", "head.weight")
     assert fusion.layout.table().row_count == len(fusion.layout.tensors)
+
+
+# ---------------------------------------------------------------------- one network and new units
+
+
+@plain
+@pytest.mark.parametrize("widen", ["new", "copy"])
+def test_new_units_keep_the_function(architecture: Architecture, widen: str) -> None:
+    """New units that nothing listens to yet, or Net2Net's copies whose outgoing weights are divided among them."""
+    if architecture.name == "LSTM-projected":
+        wide = architecture.make(width=9, proj_size=6, **architecture.extra)
+    else:
+        wide = architecture.make(
+            **{**architecture.small, "width": architecture.small["width"] * 3 // 2}, **architecture.extra
+        )
+    donor = architecture.donor(0)
+    fusion = fuse([donor], wide, architecture.probe, widen=widen)
+    assert fusion.proof.promised
+    assert gap([donor], (1.0,), wide, other_inputs(architecture.probe)) <= 1e-5
+
+
+@normalized
+def test_whole_copies_keep_the_function_through_norms(architecture: Architecture) -> None:
+    donor, wide = architecture.donor(0), architecture.wide()
+    fusion = fuse([donor], wide, architecture.probe, widen="copy")
+    assert fusion.layout.weights == (1.0,)
+    assert gap([donor], (1.0,), wide, other_inputs(architecture.probe)) <= 1e-5
+
+
+def test_new_units_must_be_asked_for() -> None:
+    donor, wide = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2)), nn.Sequential(nn.Linear(4, 9), nn.Linear(9, 2))
+    with pytest.raises(FusionError, match=r"0\.weight.* has 6 units in the donors and 9 in the grown model"):
+        fuse([donor], wide, torch.randn(3, 4))
+
+
+def test_new_units_feed_from_their_own_weights_and_are_not_heard() -> None:
+    donor = trained(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)))
+    wide = nn.Sequential(nn.Linear(4, 9), nn.ReLU(), nn.Linear(9, 2))
+    own = wide[0].weight.detach()[6:].clone()
+    fuse([donor], wide, torch.randn(9, 4), widen="new")
+    torch.testing.assert_close(wide[0].weight[6:], own, rtol=0, atol=0)
+    assert not bool(wide[2].weight[:, 6:].any())
 
 
 # ---------------------------------------------------------------------- refusals
