@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -20,11 +19,14 @@ GROUPS = "groups"
 """Buffer that says how many units each group has; in a state_dict it marks a norm as grouped."""
 
 
+_classes: dict[type[nn.Module], type[nn.Module]] = {}  # the grouped class of every plain one
+
+
 class GroupedNorm(nn.Module):
     """Mixed into the class of a norm over the last axis: the same computation on each group of units by itself.
 
-    Parameters keep their names and shapes. The buffer ``groups`` (int64, the size of each group) goes into the state_dict, so
-    that a network without grouped norms does not load it by mistake.
+    Parameters keep their names and shapes. The buffer ``groups`` (int64, the size of each group) goes into the state_dict,
+    so that a network without grouped norms does not load it by mistake.
     """
 
     groups: Tensor
@@ -92,12 +94,13 @@ def ungroup_norms_(model: nn.Module) -> None:
             del module._buffers[GROUPS], module.__dict__["group_sizes"]
 
 
-@cache
 def _grouped(cls: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Grouped{cls.__name__}", (GroupedNorm, cls), {"__reduce_ex__": _reduce})
+    if cls not in _classes:
+        _classes[cls] = type(f"Grouped{cls.__name__}", (GroupedNorm, cls), {"__reduce_ex__": _reduce})
+    return _classes[cls]
 
 
-def _plain(cls: type[nn.Module]) -> type[nn.Module]:
+def _plain(cls: type[nn.Module]) -> type[Any]:
     return next(base for base in cls.__mro__[1:] if not issubclass(base, GroupedNorm))
 
 
