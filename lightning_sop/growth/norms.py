@@ -1,7 +1,7 @@
 """Grouped norms: the exact form of a norm over the units of different donors.
 
-LayerNorm and RMSNorm take statistics over all units they are given. Over the units of several networks side by side these are
-not the statistics of any of them; a grouped norm takes them over each network's units by themselves.
+LayerNorm and RMSNorm take statistics over all units they are given. Over the units of several networks side by side these
+are not the statistics of any of them; a grouped norm takes them over each network's units by themselves.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class GroupedNorm(nn.Module):
     def _part(self, start: int, size: int) -> nn.Module:
         """The plain norm of one group, with views of the parameters."""
         part = copy.copy(self)
-        part.__class__ = _plain(type(self))  # type: ignore[assignment]
+        part.__class__ = _plain(type(self))
         views = {n: None if p is None else p[start : start + size] for n, p in self._parameters.items()}
         object.__setattr__(part, "_parameters", views)
         if hasattr(self, "normalized_shape"):
@@ -74,7 +74,7 @@ def group_norms_(model: nn.Module, groups: Mapping[str, Sequence[int]]) -> None:
             norm.__class__ = _grouped(type(norm))
         reference = next((p for p in norm.parameters()), torch.empty(0))
         norm.register_buffer(GROUPS, torch.tensor(sizes, device=reference.device))
-        norm.group_sizes = tuple(int(size) for size in sizes)
+        object.__setattr__(norm, "group_sizes", tuple(int(size) for size in sizes))
 
 
 def group_like_(model: nn.Module, state: Mapping[str, Any]) -> None:
@@ -90,7 +90,7 @@ def ungroup_norms_(model: nn.Module) -> None:
     """Plain norms again, in place."""
     for module in model.modules():
         if isinstance(module, GroupedNorm):
-            module.__class__ = _plain(type(module))  # type: ignore[assignment]
+            module.__class__ = _plain(type(module))
             del module._buffers[GROUPS], module.__dict__["group_sizes"]
 
 
