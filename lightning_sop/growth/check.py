@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from lightning_sop.growth.depth import inside, new_blocks
 from lightning_sop.growth.errors import FusionError
 from lightning_sop.growth.match import differing_axes
 
@@ -19,6 +20,8 @@ def check_shapes(donors: Sequence[nn.Module], grown: nn.Module) -> None:
     check_names(donors, grown)
     states = [donor.state_dict() for donor in donors]
     for name, tensor in grown.state_dict().items():
+        if any(name not in state for state in states):  # of a new block
+            continue
         shapes = [tuple(state[name].shape) for state in states]
         fine = differing_axes(tensor.shape, shapes) is not None and all(
             size == sum(sizes) or all(size == other for other in sizes)
@@ -30,10 +33,12 @@ def check_shapes(donors: Sequence[nn.Module], grown: nn.Module) -> None:
                 f"{name} is of shape {tuple(tensor.shape)} in the grown model; donors of {', '.join(map(str, shapes))} need "
                 f"({', '.join(needed)})"
             )
+    if all(state[name].shape == tensor.shape for state in states for name, tensor in grown.state_dict().items()):
+        raise FusionError("the grown model is no larger than its donors: every tensor has the shape that it has in them")
 
 
 def check_names(donors: Sequence[nn.Module], grown: nn.Module) -> None:
-    """The same tensors in all donors and the grown model.
+    """The same tensors in all donors and the grown model, but for whole new blocks of the latter.
 
     Raises:
         FusionError: names the first that is not.
@@ -41,6 +46,8 @@ def check_names(donors: Sequence[nn.Module], grown: nn.Module) -> None:
     wanted = grown.state_dict()
     for number, donor in enumerate(donors, 1):
         state = donor.state_dict()
+        deeper = new_blocks(wanted, state)
+        wanted = {name: tensor for name, tensor in wanted.items() if not inside(name, deeper)}
         missing, more = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
         if missing or more:
             name = (missing or more)[0]

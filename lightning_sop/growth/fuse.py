@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_sop.deploy.replay import Call
 from lightning_sop.growth import blocks
+from lightning_sop.growth.depth import make_identity_, new_blocks
 from lightning_sop.growth.errors import FusionError
 from lightning_sop.growth.layout import Layout, TensorMap, find_layout
 from lightning_sop.growth.norms import group_norms_, ungroup_norms_
@@ -152,7 +153,8 @@ def fuse(
 
     Afterwards the grown network computes Σ_j λ_j f_j(x): of different donors without norms over the units of several of
     them (MLPs, convolutional networks with BatchNorm) exactly, of copies of one network always. Where LayerNorm and the like
-    run over the units of different donors, the gap is measured and reported in the proof.
+    run over the units of different donors, the gap is measured and reported in the proof. Blocks that the grown network has
+    beyond the donors' (``layers.2`` where they have two) start as the identity.
 
     Args:
         donors: 2 to 8 networks; the same object given twice is copied (self-fusion), one alone is widened by new units.
@@ -180,6 +182,7 @@ def fuse(
         if norm == "grouped" and len(distinct) > 1:
             group_norms_(into, {path: _sizes(layout, path, into) for path in layout.inexact})
             layout = replace(layout, inexact=())
+        make_identity_(into, new_blocks(into.state_dict(), distinct[0].state_dict()), calls)
         op = GrowthOp(layout, sources)
         write(op, [network.state_dict() for network in distinct], into, off_diagonal, seed)
         proof = prove(donors, into, calls, layout, promised=promised(op, off_diagonal, widen), tolerance=tolerance)

@@ -17,6 +17,7 @@ from lightning_sop.deploy.replay import Call, map_tensors, tensors_in
 from lightning_sop.growth.axes import AxisMap, by_groups, side_by_side
 from lightning_sop.growth.blocks import Axes, average, push
 from lightning_sop.growth.choices import CHUNKS, Choices, MismatchError, RetryError, fused_output
+from lightning_sop.growth.depth import inside
 from lightning_sop.growth.errors import FusionError
 from lightning_sop.growth.match import close, differing_axes, match, ratios
 from lightning_sop.growth.probe import Visit, Visits, answer, float_tensors, pattern, watched
@@ -43,6 +44,7 @@ class GuidedPass:
         weights: Sequence[float],
         choices: Choices,
         widen: str | None,
+        blocks: Sequence[str] = (),
     ) -> None:
         self.choices = choices
         self.axes: dict[str, Axes] = {}
@@ -51,7 +53,7 @@ class GuidedPass:
         self.inexact: list[str] = []
         self.averaged: list[str] = []
         self._grown = grown
-        self._units = dict(find_units(grown))
+        self._units = {path: unit for path, unit in find_units(grown) if not inside(path, blocks)}
         self._tensors = tensors
         self._visits = visits
         self._answers = answers
@@ -72,6 +74,8 @@ class GuidedPass:
         """
         for name, tensor in self._grown.state_dict(keep_vars=True).items():
             path, _, local = name.rpartition(".")
+            if name not in self._tensors[0]:  # of a new block
+                continue
             try:
                 axes = self.tensor_axes(path, self._grown.get_submodule(path), local, tensor)
             except FusionError:

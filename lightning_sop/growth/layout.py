@@ -16,6 +16,7 @@ from lightning_sop.growth.axes import AxisMap
 from lightning_sop.growth.blocks import Axes
 from lightning_sop.growth.check import check_names
 from lightning_sop.growth.choices import CHUNKS, Choices, MismatchError, RetryError
+from lightning_sop.growth.depth import make_identity_, new_blocks
 from lightning_sop.growth.errors import FusionError
 from lightning_sop.growth.guided import GuidedPass
 from lightning_sop.growth.probe import Visits, pattern, record_visits
@@ -136,7 +137,10 @@ def find_layout(
         if not found:
             raise FusionError(f"layout: no layer matches {wanted!r}")
         asked |= dict.fromkeys(found, number)
-    search = _Search(copy.deepcopy(grown), tensors, recorded, weights, calls, widen)
+    subject = copy.deepcopy(grown)
+    blocks = new_blocks(grown.state_dict(), tensors[0])
+    make_identity_(subject, blocks, calls)
+    search = _Search(subject, tensors, recorded, weights, calls, widen, blocks)
     last = search.solve(Choices(chunks=asked))
     return Layout(_tensor_maps(last, grown, donors), tuple(weights), last.outputs, tuple(last.inexact), tuple(last.averaged))
 
@@ -152,11 +156,12 @@ class _Search:
         weights: Sequence[float],
         calls: Sequence[Call],
         widen: str | None,
+        blocks: Sequence[str],
     ) -> None:
         self._start = {name: tensor.clone() for name, tensor in grown.state_dict().items()}
         self._grown, self._tensors = grown, tensors
         self._visits, self._answers = [visits for visits, _ in recorded], [answers for _, answers in recorded]
-        self._weights, self._calls, self._widen = weights, calls, widen
+        self._weights, self._calls, self._widen, self._blocks = weights, calls, widen, blocks
 
     def solve(self, choices: Choices) -> GuidedPass:
         """Improve the choices, one unit at a time, until the pass succeeds."""
@@ -183,7 +188,7 @@ class _Search:
         for _ in range(_RETRIES):
             self._grown.load_state_dict(self._start)
             attempt = GuidedPass(
-                self._grown, self._tensors, self._visits, self._answers, self._weights, choices, self._widen
+                self._grown, self._tensors, self._visits, self._answers, self._weights, choices, self._widen, self._blocks
             )
             try:
                 attempt.run(self._calls)
@@ -230,6 +235,8 @@ def _tensor_maps(done: GuidedPass, grown: nn.Module, donors: Sequence[nn.Module]
     states = [donor.state_dict() for donor in donors]
     names: dict[int, list[str]] = {}
     for name, tensor in grown.state_dict(keep_vars=True).items():
+        if name not in states[0]:  # of a new block
+            continue
         names.setdefault(id(tensor), []).append(name)
     maps = {}
     for aliases in names.values():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_sop.growth import FusionError, fuse
 from lightning_sop.growth.norms import group_like_, group_norms_
-from lightning_sop.zoo.nets import Decoder
+from lightning_sop.zoo.nets import Decoder, ResidualBlock, ViT
 from tests.growth.architectures import (
     ARCHITECTURES,
     IMAGES,
@@ -26,6 +26,7 @@ from tests.growth.architectures import (
     TRANSFORMERS,
     Architecture,
     Branches,
+    hugging_face,
     trained,
 )
 
@@ -277,6 +278,65 @@ def test_new_units_feed_from_their_own_weights_and_are_not_heard() -> None:
     assert not bool(wide[2].weight[:, 6:].any())
 
 
+# ---------------------------------------------------------------------- depth
+
+BLOCK = {"n_embd": 16, "n_head": 2, "vocab_size": 50, "n_positions": 16, "bos_token_id": 1, "eos_token_id": 2}
+DEEPER = [
+    ("decoder", lambda n: Decoder(50, 16, width=16, heads=2, depth=n), TOKENS, ["self_attn.out_proj", "linear2"]),
+    ("vit", lambda n: ViT((1, 8, 8), 10, width=16, heads=2, depth=n), IMAGES, ["self_attn.out_proj", "linear2"]),
+    (
+        "GPT-2",
+        lambda n: hugging_face("GPT2Config", "GPT2LMHeadModel")(n_layer=n, **BLOCK),
+        {"input_ids": TOKENS},
+        ["attn.c_proj", "mlp.c_proj"],
+    ),
+    (
+        "residual",
+        lambda n: nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Sequential(*(ResidualBlock(4, 4, stride=1) for _ in range(n))), nn.Flatten()
+        ),
+        IMAGES,
+        ["norm2"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "probe", "zeroed"), [d[1:] for d in DEEPER], ids=[d[0] for d in DEEPER])
+def test_new_blocks_start_as_the_identity(make: Any, probe: Any, zeroed: list[str]) -> None:
+    donor, deeper = trained(make(1)), make(3)
+    fusion = fuse([donor], deeper, probe)
+    assert fusion.proof.promised
+    torch.testing.assert_close(outputs(deeper, other_inputs(probe)), outputs(donor, other_inputs(probe)))
+    # only what ends the branches is zero, so that it has a gradient
+    new = [name for name, p in deeper.named_parameters() if name not in dict(donor.named_parameters())]
+    weights = [n for n in new if n.endswith("weight") and not bool(deeper.get_parameter(n).any())]
+    assert weights == [n for n in new if n.removesuffix(".weight").endswith(tuple(zeroed)) and n.endswith("weight")]
+    deeper.train()
+    answer = deeper(**probe).logits if isinstance(probe, Mapping) else deeper(probe)
+    answer.pow(2).sum().backward()
+    assert all(bool(deeper.get_parameter(name).grad.any()) for name in weights)
+
+
+def test_width_and_depth_at_once() -> None:
+    donor = trained(Decoder(50, 16, width=16, heads=2, depth=1))
+    wide = Decoder(50, 16, width=32, heads=4, depth=2)
+    fusion = fuse([donor, donor], wide, TOKENS)
+    assert gap([donor, donor], fusion.layout.weights, wide, other_inputs(TOKENS)) <= 1e-5
+
+
+def test_blocks_that_cannot_be_the_identity() -> None:
+    post_norm = hugging_face("BertConfig", "BertForMaskedLM")
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    with pytest.raises(FusionError, match=r"bert\.encoder\.layer\.1: the new block cannot start as the identity"):
+        fuse([post_norm(num_hidden_layers=1, **sizes)], post_norm(num_hidden_layers=2, **sizes), {"input_ids": TOKENS})
+    with pytest.raises(FusionError, match="2: the new block cannot start as the identity"):
+        fuse(
+            [nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))],
+            nn.Sequential(*(nn.Linear(4, 4) for _ in range(3))),
+            torch.randn(3, 4),
+        )
+
+
 # ---------------------------------------------------------------------- refusals
 
 
@@ -299,7 +359,7 @@ def test_another_architecture() -> None:
         nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2)),
         nn.Sequential(nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 2)),
     )
-    with pytest.raises(FusionError, match=r"donor 1: 2\.bias, of shape \(2,\), is in the grown model but not"):
+    with pytest.raises(FusionError, match=r"donor 1: 1\.bias, of shape \(2,\), is in the donor but not in the grown model"):
         fuse([donor, donor], wide, torch.randn(3, 4))
 
 
