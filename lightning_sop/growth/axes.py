@@ -123,3 +123,9 @@ def by_groups(inputs: AxisMap, size: int, groups: int, sizes: Sequence[int]) -> 
             "of groups must grow with the width"
         )
     return AxisMap(donor, unit, torch.ones(size, dtype=torch.float64), inputs.chunks)
+
+
+def identity(size: int) -> AxisMap:
+    """One donor's axis as it is."""
+    zeros = torch.zeros(size, dtype=torch.int64)
+    return AxisMap(zeros, torch.arange(size), torch.ones(size, dtype=torch.float64))

@@ -22,7 +22,7 @@ def average(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return total.to(first.dtype)
 
 
-def push(donors: Sequence[Tensor], axes: Axes, into: Tensor, weights: Sequence[float]) -> Tensor:
+def push(donors: Sequence[Tensor], axes: Axes, into: Tensor, weights: Sequence[float], offset: float = 0.0) -> Tensor:
     """Write donors' tensors into a grown one, in place.
 
     Each donor's block goes to its place, multiplied by the shares of its axes; between donors there are zeros, and so there
@@ -34,13 +34,19 @@ def push(donors: Sequence[Tensor], axes: Axes, into: Tensor, weights: Sequence[f
         axes: the map of every axis, None where it does not grow.
         into: the grown tensor.
         weights: λ, one number for each donor, summing to 1.
+        offset: what the network adds to the tensor before it uses it (1 for norms that multiply by 1 + w); shares are of
+            the sum.
     """
     if all(axis is None for axis in axes):
         return into.copy_(average(donors, weights))
     into[_old_outputs(axes, into)] = 0
     for donor, tensor in enumerate(donors):
         places, units, share = block(axes, donor, into)
-        into[places] = (tensor[units].double() * share).to(into.dtype) if tensor.is_floating_point() else tensor[units]
+        into[places] = (
+            ((tensor[units].double() + offset) * share - offset).to(into.dtype)
+            if tensor.is_floating_point()
+            else tensor[units]
+        )
     return into
 
 

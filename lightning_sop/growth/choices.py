@@ -20,11 +20,14 @@ class Choices:
     """What the shapes leave open.
 
     Attributes:
-        chunks: by pattern of a unit's path: equal parts of its outputs, in each of which the donors lie side by side.
+        chunks: by pattern of a unit's path: equal parts of its outputs, in each of which the donors lie side by side; or by
+            pattern of a tensor's name and ``out`` or ``in``, for one axis alone.
         swapped: patterns of modules of unknown type, or names of tensors, with inputs where outputs are expected.
         mixing: patterns of modules of unknown type that compute across units, as norms do.
         embeddings: patterns of embeddings that the model multiplies by the square root of its width.
         gains: by path: factors of each donor's part of a unit's output.
+        offsets: paths of units that add 1 to their tensors before they multiply by them.
+        inside: by path: factors of each donor's part of a unit's tensors, which the unit itself undoes.
     """
 
     chunks: Mapping[str, int] = field(default_factory=dict)
@@ -32,6 +35,8 @@ class Choices:
     mixing: frozenset[str] = frozenset()
     embeddings: frozenset[str] = frozenset()
     gains: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    offsets: frozenset[str] = frozenset()
+    inside: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 class MismatchError(Exception):

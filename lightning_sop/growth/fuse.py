@@ -40,12 +40,13 @@ class GrowthOp:
         """Distinct networks."""
         return max(self.sources) + 1
 
-    def push(self, states: Sequence[State], into: State) -> dict[str, Tensor]:
+    def push(self, states: Sequence[State], into: State, *, linear: bool = False) -> dict[str, Tensor]:
         """G applied to weights, or anything that is like weights (EMA, SWA).
 
         Args:
             states: tensors by name, one mapping for each source; names that a mapping lacks are left out.
             into: the grown model's tensors, for their shapes and for what stands in new units; not modified.
+            linear: for what is no weight: without the constant of weights that the network adds 1 to.
 
         Returns:
             Grown tensors by first name.
@@ -54,7 +55,8 @@ class GrowthOp:
         for name, tensor in self.layout.tensors.items():
             if name in into and all(name in state for state in states):
                 donors = [states[source][name].to(into[name].device) for source in self.sources]
-                grown[name] = blocks.push(donors, tensor.axes, into[name].detach().clone(), self.layout.weights)
+                offset = 0.0 if linear else tensor.offset
+                grown[name] = blocks.push(donors, tensor.axes, into[name].detach().clone(), self.layout.weights, offset)
         return grown
 
     def pull(self, grown: State, like: Sequence[State]) -> list[dict[str, Tensor]]:
@@ -104,7 +106,7 @@ class GrowthOp:
         gram, totals = self.gram(states), self._totals()
         scaled = [{name: t / gram[s][name].to(t) for name, t in state.items()} for s, state in enumerate(states)]
         zeros = {name: torch.zeros_like(tensor) for name, tensor in into.items()}
-        grown = self.push(scaled, zeros)
+        grown = self.push(scaled, zeros, linear=True)
         for name, tensor in self.layout.tensors.items():
             if name in grown and not tensor.grows:  # one value for all sources: the pseudo-inverse, GᵀG being of rank 1
                 total = torch.stack([t * state[name].double() for t, state in zip(totals, states, strict=True)]).sum(0)
@@ -176,20 +178,27 @@ def fuse(
     sources, distinct = _sources(donors)
     weights = default_weights(sources) if weights is None else _checked(weights, len(donors))
     calls = as_calls(probe)
-    layout = find_layout(donors, into, calls, weights, chunks=chunks, widen=widen)
     before = {name: tensor.detach().clone() for name, tensor in into.state_dict().items()}
-    try:
-        if norm == "grouped" and len(distinct) > 1:
-            group_norms_(into, {path: _sizes(layout, path, into) for path in layout.inexact})
-            layout = replace(layout, inexact=())
-        make_identity_(into, new_blocks(into.state_dict(), distinct[0].state_dict()), calls)
-        op = GrowthOp(layout, sources)
-        write(op, [network.state_dict() for network in distinct], into, off_diagonal, seed)
-        proof = prove(donors, into, calls, layout, promised=promised(op, off_diagonal, widen), tolerance=tolerance)
-    except BaseException:
-        ungroup_norms_(into)
-        into.load_state_dict(before)
-        raise
+    failure: FusionError | None = None
+    for alike in (False, True):
+        try:
+            layout = find_layout(donors, into, calls, weights, chunks=chunks, widen=widen, alike=alike)
+            if norm == "grouped" and len(distinct) > 1:
+                group_norms_(into, {path: _sizes(layout, path, into) for path in layout.inexact})
+                layout = replace(layout, inexact=())
+            make_identity_(into, new_blocks(into.state_dict(), distinct[0].state_dict()), calls)
+            op = GrowthOp(layout, sources)
+            write(op, [network.state_dict() for network in distinct], into, off_diagonal, seed)
+            proof = prove(donors, into, calls, layout, promised=promised(op, off_diagonal, widen), tolerance=tolerance)
+            break
+        except BaseException as error:
+            ungroup_norms_(into)
+            into.load_state_dict(before)
+            if len(distinct) > 1 or not isinstance(error, FusionError):
+                raise
+            if failure is not None:
+                raise failure from None
+            failure = error  # with equal copies, values decide nothing
     return Fusion(op, proof)
 
 

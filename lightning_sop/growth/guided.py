@@ -6,6 +6,7 @@ input, through whatever operations lie before it, is compared with what reached 
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,14 +15,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_sop.deploy.replay import Call, map_tensors, tensors_in
-from lightning_sop.growth.axes import AxisMap, by_groups, side_by_side
+from lightning_sop.growth.arrange import Arrangement
+from lightning_sop.growth.axes import AxisMap, identity
 from lightning_sop.growth.blocks import Axes, average, push
 from lightning_sop.growth.choices import CHUNKS, Choices, MismatchError, RetryError, fused_output
 from lightning_sop.growth.depth import inside
 from lightning_sop.growth.errors import FusionError
 from lightning_sop.growth.match import close, differing_axes, match, ratios
 from lightning_sop.growth.probe import Visit, Visits, answer, float_tensors, pattern, watched
-from lightning_sop.growth.units import Role, find_units, is_norm, known, own_tensors, roles_of
+from lightning_sop.growth.units import find_units, is_norm, own_tensors, roles_of
 
 
 class GuidedPass:
@@ -59,7 +61,9 @@ class GuidedPass:
         self._answers = answers
         self._weights = list(weights)
         self._widen = widen
+        self.arrangement = Arrangement(tensors, weights, choices, widen)
         self._inputs: dict[str, list[AxisMap | None]] = {}
+        self._last_inputs: dict[str, list[Tensor]] = {}
         self._trusted = False  # whether the input of the unit that runs is just what the donors' network is to give it
         self._counts: dict[str, int] = defaultdict(int)
         self._written: dict[int, str] = {}  # by id of a tensor: the name under which it was first met
@@ -77,7 +81,7 @@ class GuidedPass:
             if name not in self._tensors[0]:  # of a new block
                 continue
             try:
-                axes = self.tensor_axes(path, self._grown.get_submodule(path), local, tensor)
+                axes = self.arrangement.tensor_axes(path, self._grown.get_submodule(path), local, tensor)
             except FusionError:
                 if path not in self._units:
                     raise
@@ -105,13 +109,16 @@ class GuidedPass:
         if any(len(visit.inputs) != len(inputs) for visit in visits):
             raise FusionError(f"{path or 'the model'} gets other inputs in the grown model than in a donor")
         tied = self._tied_head(path, module)
+        self._last_inputs[path] = inputs
         self._inputs[path], self._trusted = [], True
         for index, value in enumerate(inputs):
-            self._inputs[path].append(self._locate(order, path, value, [visit.inputs[index] for visit in visits], tied))
+            known_values = [visit.inputs[index] for visit in visits]
+            self._inputs[path].append(self._locate(order, path, value, known_values, tied))
         for local, tensor in own_tensors(module):
             name = f"{path}.{local}" if path else local
             if name not in self.axes and not (tied and local == "weight"):
-                self._write(name, tensor, self.tensor_axes(path, module, local, tensor))
+                axes = self.arrangement.tensor_axes(path, module, local, tensor, self._inputs[path])
+                self._write(name, tensor, axes)
 
     def _write(self, name: str, tensor: Tensor, axes: Axes) -> None:
         self.axes[name] = axes
@@ -119,7 +126,8 @@ class GuidedPass:
         self._push(name, tensor, axes)
 
     def _push(self, name: str, tensor: Tensor, axes: Axes) -> None:
-        push([tensors[name] for tensors in self._tensors], axes, tensor.detach(), self._weights)
+        offset = float(name.rpartition(".")[0] in self.choices.offsets)
+        push([tensors[name] for tensors in self._tensors], axes, tensor.detach(), self._weights, offset)
 
     def _leave(self, path: str, output: Any) -> Any:
         module, visits = self._units[path], self._visit(path)
@@ -129,6 +137,7 @@ class GuidedPass:
             value, expected = self._forced(path, module, index, native, [visit.outputs[index] for visit in visits])
             if expected and self._trusted and not close(native, value):
                 if not is_norm(module) and pattern(path) not in self.choices.mixing:
+                    self._ask_inside(path, native, value)
                     reason = f"{path} computes something else from the donors' weights than the donors do"
                     raise MismatchError(len(self.executed) - 1, path, reason)
                 self.inexact += [path] * (path not in self.inexact)
@@ -144,7 +153,7 @@ class GuidedPass:
 
     # ------------------------------------------------------------------ inputs
 
-    def _locate(self, order: int, path: str, value: Tensor, donors: list[Tensor], tied: bool) -> AxisMap | None:
+    def _locate(self, order: int, path: str, value: Tensor, donors: list[Tensor], tied: Sequence[float]) -> AxisMap | None:
         """The map of one input."""
         growing = differing_axes(value.shape, [tensor.shape for tensor in donors])
         if growing is None or len(growing) > 1:
@@ -158,8 +167,8 @@ class GuidedPass:
         # A head that shares its weight with an embedding: the weights of the average come with its input.
         sizes = [tensor.shape[axis] for tensor in donors]
         copies = value.shape[axis] // sum(sizes) if self._widen == "copy" else 1
-        wanted = [w / copies * tensor for w, tensor in zip(self._weights, donors, strict=True)] if tied else donors
-        guesses = [side_by_side(sizes, value.shape[axis], chunks, copy=self._widen == "copy") for chunks in CHUNKS]
+        wanted = [w / copies * tensor for w, tensor in zip(tied, donors, strict=True)] if tied else donors
+        guesses = [self.arrangement.side_by_side(sizes, value.shape[axis], chunks) for chunks in CHUNKS]
         regular = [guess for guess in guesses if guess is not None]
         found = match(value, wanted, axis, regular)
         if found is None and regular:
@@ -177,7 +186,21 @@ class GuidedPass:
             return
         before = self.choices.gains.get(source, (1.0,) * len(factors))
         gains = {**self.choices.gains, source: tuple(old / new for old, new in zip(before, factors, strict=True))}
-        raise RetryError(replace(self.choices, gains=gains))
+        offsets = self.choices.offsets | ({source} if self._adds_one(source) else set())
+        raise RetryError(replace(self.choices, gains=gains, offsets=offsets))
+
+    def _adds_one(self, path: str) -> bool:
+        """Whether a unit multiplies by 1 + w, as some norms do, and not by w."""
+        if not is_norm(self._units[path]):
+            return False
+        unit = copy.deepcopy(self._units[path])
+        unit._forward_hooks.clear()
+        unit._forward_pre_hooks.clear()
+        before = float_tensors(unit(*self._last_inputs[path]))[0]
+        for parameter in unit.parameters(recurse=False):
+            parameter.mul_(2).add_(1)
+        after = float_tensors(unit(*self._last_inputs[path]))[0]
+        return len(list(unit.parameters(recurse=False))) == 1 and close(after, 2 * before)
 
     def _upstream(self, inputs: list[Tensor]) -> str | None:
         """The last unit whose output, in the first donor, is this input up to a constant."""
@@ -189,74 +212,34 @@ class GuidedPass:
                         return path
         return None
 
-    def _tied_head(self, path: str, module: nn.Module) -> bool:
-        """Whether a unit averages with a weight that has its map already, as an embedding's."""
+    def _ask_inside(self, path: str, native: Tensor, expected: Tensor) -> None:
+        """Where a unit multiplies by what follows its width (an embedding scaled inside), ask for inverse factors."""
+        places = self.outputs.get(path)
+        if places is None or path in self.choices.inside:
+            return
+        axis = next(a for a, size in enumerate(native.shape) if size == len(places))
+        found = []
+        for donor in range(len(self._weights)):
+            where, _ = places.positions(donor)
+            found += ratios(
+                native.index_select(axis, where), [expected.index_select(axis, where)], axis, identity(len(where))
+            )
+        if len(found) == len(self._weights):
+            inverse = tuple(1 / factor for factor in found)
+            raise RetryError(replace(self.choices, inside={**self.choices.inside, path: inverse}))
+
+    def _tied_head(self, path: str, module: nn.Module) -> list[float]:
+        """For a unit that averages with a weight which has its map already, as an embedding's: what its input must carry."""
         weight = module._parameters.get("weight")
         first = self._written.get(id(weight)) if weight is not None else None
         if first is None or first in (f"{path}.weight", "weight") or weight is None:
-            return False
+            return []
         roles = roles_of(module, "weight", weight)
-        return any(role.kind == "in" and axis is not None for role, axis in zip(roles, self.axes[first], strict=True))
-
-    # ------------------------------------------------------------------ tensors
-
-    def tensor_axes(self, path: str, module: nn.Module, local: str, tensor: Tensor) -> Axes:
-        """The map of every axis of a unit's tensor.
-
-        Raises:
-            FusionError: widths that do not add up.
-        """
-        name = f"{path}.{local}" if path else local
-        shapes = [tuple(tensors[name].shape) for tensors in self._tensors]
-        growing = differing_axes(tensor.shape, shapes)
-        if growing is None:
-            raise FusionError(f"{name} is of shape {tuple(tensor.shape)} in the grown model and {shapes} in the donors")
-        roles = list(roles_of(module, local, tensor, self._swapped(path, name)))
-        if len(growing) == 1 and not known(module):  # positions, class tokens, scales; or, swapped, a matrix that sums
-            roles[growing[0]] = Role("in" if self._swapped(path, name) else "out")
-        axes: list[AxisMap | None] = [None] * tensor.dim()
-        for axis in growing:
-            sizes = [shape[axis] for shape in shapes]
-            axes[axis] = self._axis(path, module, name, roles[axis], sizes, tensor.shape[axis])
-        outputs = [i for i, role in enumerate(roles) if role.kind in ("out", "same") and axes[i] is not None]
-        if not outputs:  # a head: sums over the donors' units
-            return tuple(axis.averaging(self._weights) if axis is not None and axis.summed else axis for axis in axes)
-        factors: Sequence[float] = self.choices.gains.get(path, ()) if local in module._parameters else ()
-        if pattern(path) in self.choices.embeddings:
-            factors = [(shape[outputs[0]] / tensor.shape[outputs[0]]) ** 0.5 for shape in shapes]
-        grown = axes[outputs[0]]
-        if factors and grown is not None:
-            axes[outputs[0]] = grown.times(factors)
-        return tuple(axes)
-
-    def _swapped(self, path: str, name: str) -> bool:
-        return bool(self.choices.swapped & {pattern(path), name})
-
-    def _axis(self, path: str, module: nn.Module, name: str, role: Role, sizes: list[int], size: int) -> AxisMap:
-        inputs = self._inputs.get(path, [])
-        measured = inputs[role.source] if 0 <= role.source < len(inputs) else None
-        if measured is not None:
-            follows = role.kind in ("in", "same") or not known(module)
-            if follows and len(measured) == size:
-                return self._as(role, measured, sizes)
-            if role.kind == "out" and getattr(module, "groups", 1) > 1:
-                return by_groups(measured, size, module.groups, sizes)  # type: ignore[arg-type]
-        if role.kind == "keep":
-            raise FusionError(f"{name}: an axis that does not grow has {size} in the grown model and {sizes} in the donors")
-        chunks = role.chunks or (self.choices.chunks.get(pattern(path), 1) if role.kind == "out" else 1)
-        found = side_by_side(sizes, size, chunks, copy=self._widen == "copy")
-        if found is None or (self._widen is None and size != sum(sizes)):
-            parts = f" in {chunks} equal parts" if chunks > 1 else ""
-            raise FusionError(
-                f"{name}: an axis has {' + '.join(map(str, sizes))} units in the donors and {size} in the grown "
-                f"model{parts}; expected {sum(sizes)}, or no growth"
-            )
-        return self._as(role, found, sizes)
-
-    @staticmethod
-    def _as(role: Role, axis: AxisMap, sizes: list[int]) -> AxisMap:
-        """What is summed over counts each of the donors' units once, however many copies there are."""
-        return replace(axis, summed=True).averaging([1.0] * len(sizes)) if role.kind == "in" else axis
+        for role, axis in zip(roles, self.axes[first], strict=True):
+            if role.kind == "in" and axis is not None:
+                shares = [float(axis.share[axis.positions(donor)[0]][0]) for donor in range(len(self._weights))]
+                return [weight / share for weight, share in zip(self._weights, shares, strict=True)]
+        return []
 
     # ------------------------------------------------------------------ outputs
 
@@ -268,23 +251,10 @@ class GuidedPass:
         if not growing:
             return average(donors, self._weights), True
         sizes = [tensor.shape[growing[0]] for tensor in donors]
-        found = self._output_map(path, module, sizes, native.shape[growing[0]], index)
+        size, inputs = native.shape[growing[0]], self._inputs[path]
+        found = self.arrangement.output_map(path, module, self.axes, inputs, sizes, size, index)
         if found is None:
             return native, False
         if not index:
             self.outputs[path] = found
         return found.place(donors, native.clone(), growing[0]), True
-
-    def _output_map(self, path: str, module: nn.Module, sizes: list[int], size: int, index: int) -> AxisMap | None:
-        if isinstance(module, nn.RNNBase):
-            chunks = 2 if module.bidirectional and index == 0 else 1
-            return side_by_side(sizes, size, chunks, copy=self._widen == "copy")
-        for local, _ in own_tensors(module):
-            axes = self.axes.get(f"{path}.{local}" if path else local, ())
-            if isinstance(module, nn.MultiheadAttention) and not local.startswith("out_proj"):
-                continue
-            for axis in axes:
-                if axis is not None and not axis.summed and len(axis) == size:
-                    return axis
-        followed = [axis for axis in self._inputs[path] if axis is not None and len(axis) == size]
-        return followed[0] if followed else side_by_side(sizes, size, copy=self._widen == "copy")

@@ -39,6 +39,7 @@ class TensorMap:
         shape: in the grown model.
         donor_shapes: in the donors.
         axes: the map of every axis, None where it does not grow.
+        offset: what the network adds to the tensor before it uses it; see :func:`~lightning_sop.growth.blocks.push`.
         probed: whether values have confirmed it; otherwise it follows from shapes and types alone.
     """
 
@@ -48,6 +49,7 @@ class TensorMap:
     donor_shapes: tuple[tuple[int, ...], ...]
     axes: Axes
     probed: bool
+    offset: float = 0.0
 
     @property
     def grows(self) -> bool:
@@ -105,6 +107,7 @@ def find_layout(
     *,
     chunks: Mapping[str, int] | None = None,
     widen: str | None = None,
+    alike: bool = False,
 ) -> Layout:
     """Find out how donors fit into a grown model of the same architecture.
 
@@ -121,13 +124,15 @@ def find_layout(
         chunks: by pattern of a layer's path: equal parts of its outputs, where the search is to be spared or overruled.
         widen: what stands in units beyond the donors' (``"new"``: new units, ``"copy"``: copies, in order), or None to
             refuse them.
+        alike: probe with equal copies instead of different networks, which tells less, but also works where the donors'
+            values decide what the grown model does (experts chosen by a router).
 
     Raises:
         FusionError: other architecture, missing tensors, widths that do not add up, or a layer that cannot be explained.
     """
     check_names(donors, grown)
     generator = torch.Generator().manual_seed(0)
-    subjects = [_scrambled(donor, generator) for donor in donors]
+    subjects = [_scrambled(donors[0], generator)] * len(donors) if alike else [_scrambled(d, generator) for d in donors]
     recorded = [record_visits(subject, calls) for subject in subjects]
     tensors = [dict(subject.state_dict()) for subject in subjects]
     patterns = {pattern(path) for path, _ in find_units(grown)}
@@ -176,6 +181,9 @@ class _Search:
                     done, failure = tried, result
                     break
             else:
+                if not failure.path:  # something nonlinear after the average, perhaps: the proof will tell
+                    done.averaged.append("the output")
+                    return done
                 raise FusionError(
                     f"{failure.reason}. Where attention comes before it, the number of heads must grow with the width, so "
                     "that the size of a head stays. Where several quantities lie in one matrix, name its layer and the "
@@ -221,6 +229,10 @@ class _Search:
             if not known(self._grown.get_submodule(path)):
                 yield replace(now, swapped=now.swapped ^ {name})
         if failure.path in units and not known(units[failure.path]):
+            for local, tensor in units[failure.path].named_parameters(recurse=False):
+                for kind in ("out", "in") if tensor.dim() > 1 else ():
+                    for number in CHUNKS[1:]:
+                        yield replace(now, chunks={**now.chunks, f"{pattern(f'{failure.path}.{local}')} {kind}": number})
             yield replace(now, mixing=now.mixing | {pattern(failure.path)})
 
 
@@ -245,9 +257,11 @@ def _tensor_maps(done: GuidedPass, grown: nn.Module, donors: Sequence[nn.Module]
         module = grown.get_submodule(path)
         probed = name in done.axes
         tensor = getattr(module, local)
-        axes = done.axes[name] if probed else done.tensor_axes(path, module, local, tensor)
+        axes = done.axes[name] if probed else done.arrangement.tensor_axes(path, module, local, tensor)
         shapes = tuple(tuple(state[name].shape) for state in states)
-        maps[aliases[0]] = TensorMap(aliases[0], tuple(aliases), tuple(tensor.shape), shapes, axes, probed)
+        maps[aliases[0]] = TensorMap(
+            aliases[0], tuple(aliases), tuple(tensor.shape), shapes, axes, probed, float(path in done.choices.offsets)
+        )
     return maps
 
 
