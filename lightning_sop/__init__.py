@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_sop.callbacks import CollapseOnSave, DeepFusionGrow, SimulatedOverparam
-    from lightning_sop.growth import AtFraction, AtStep, FusionError, OnPlateau, fuse
+    from lightning_sop.growth import AtFraction, AtStep, BackwardErrorSchedule, FusionError, OnPlateau, fuse
     from lightning_sop.reparam import MajorityKernels, Method, Rule, collapse_, expand_
 
 __version__ = "0.1.0"
@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "AtFraction": "lightning_sop.growth",
     "AtStep": "lightning_sop.growth",
+    "BackwardErrorSchedule": "lightning_sop.growth",
     "CollapseOnSave": "lightning_sop.callbacks",
     "DeepFusionGrow": "lightning_sop.callbacks",
     "FusionError": "lightning_sop.growth",
@@ -32,6 +33,7 @@ _HOMES = {
 __all__ = [
     "AtFraction",
     "AtStep",
+    "BackwardErrorSchedule",
     "CollapseOnSave",
     "DeepFusionGrow",
     "FusionError",

@@ -1,37 +1,27 @@
-"""The command ``lightning-sop``: LightningCLI for any module and data, and two commands about over-parametrization.
+"""The command ``lightning-sop``: LightningCLI for any module and data, and three commands that train nothing.
 
 ``lightning-sop fit|validate|test|predict --config run.yaml`` runs a Trainer, ``lightning-sop inspect --config run.yaml``
-shows what would become of every parameter, ``lightning-sop collapse run.ckpt -o small.ckpt`` writes a deploy file.
+shows what would become of every parameter, ``lightning-sop collapse run.ckpt -o small.ckpt`` writes a deploy file, and
+``lightning-sop fuse a.ckpt b.ckpt --config big.yaml -o fused.ckpt`` makes a larger network of trained ones.
 """
 
 import os
 import pickle
 import sys
 import zipfile
-from argparse import ArgumentError, ArgumentParser
-from collections.abc import Sequence
-from typing import Any
+from argparse import ArgumentError
+from collections.abc import Container, Sequence
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from rich.console import Console
 
-PROGRAM = "lightning-sop"
-WIDTH_OF_FILES = 160
-"""Columns of a table that goes to a file or a pipe, where rich would assume 80."""
+from lightning_sop.commands.building import FUSION, PROGRAM, UsageError, Words
 
 PARSER_NOISE = ("Does not validate", "Subtypes:", "Errors:", "- Expected a <class 'NoneType'>", "Given value")
 """Beginnings of the lines of jsonargparse's messages that tell the user nothing."""
 
 DTYPES = ("float32", "float16", "bfloat16")
-
-
-class UsageError(ValueError):
-    """The command cannot do what was asked; the message says why and what to do."""
 
 
 class RunCLI(LightningCLI):
@@ -41,22 +31,12 @@ class RunCLI(LightningCLI):
         super().parse_arguments(parser, args)
         path = self.config[self.config.subcommand].get("ckpt_path")
         if path and os.path.isfile(path):  # others are Lightning's keywords ("last", "best") and URLs
-            check_readable(path)
-
-
-class InspectCLI(LightningCLI):
-    """Builds model, data and Trainer from a configuration of ``fit``, and runs nothing."""
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        # a configuration that `fit --print_config` wrote also holds the arguments of Trainer.fit
-        parser.add_method_arguments(Trainer, "fit", skip={"model", "train_dataloaders", "val_dataloaders", "datamodule"})
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        # Lightning's own would warn that words are given where the process has some too: they are the same, less "inspect"
-        self.config = parser.parse_args(args)  # type: ignore[arg-type]  # `inspect` gives words, never a dict
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        return super().instantiate_trainer(logger=False, **kwargs)  # a dry run leaves no log
+            checkpoint = check_readable(path)
+            if self.config.subcommand == "fit" and FUSION in checkpoint and "optimizer_states" not in checkpoint:
+                raise UsageError(
+                    f"{path}: a fused network, not a run to resume. Fuse in the run that is to train it, with "
+                    "lightning_sop.DeepFusionGrow and the schedule AtStep(0), or load it in Python"
+                )
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -69,7 +49,7 @@ def main(args: Sequence[str] | None = None) -> int:
         The exit status: 0, or 2 after a mistake of the user's, told in one line on standard error.
 
     Raises:
-        SystemExit: with status 0 when only help or a configuration was asked for, 2 when ``collapse`` lacks an argument.
+        SystemExit: with status 0 when only help or a configuration was asked for.
         Exception: whatever else goes wrong in a run, with its traceback.
     """
     # Lightning calls jsonargparse in ways that it deprecates, which no user of this command can change
@@ -80,7 +60,13 @@ def main(args: Sequence[str] | None = None) -> int:
         if command == "collapse":
             collapse(rest)
         elif command == "inspect":
+            from lightning_sop.commands.inspecting import inspect
+
             inspect(rest)
+        elif command == "fuse":
+            from lightning_sop.commands.fusing import fuse
+
+            fuse(rest)
         else:
             run(None if args is None else words)
     except Exception as error:
@@ -106,90 +92,12 @@ def run(words: list[str] | None) -> None:
             **{subcommand: {"exit_on_error": False} for subcommand in LightningCLI.subcommands()},
             "exit_on_error": False,
             "prog": PROGRAM,
-            "description": "Train and evaluate any LightningModule from a configuration. Two further commands: "
-            f"'{PROGRAM} inspect --help' (what over-parametrization would do with each parameter) and "
-            f"'{PROGRAM} collapse --help' (from a training checkpoint to a small plain one).",
+            "description": "Train and evaluate any LightningModule from a configuration. Three further commands: "
+            f"'{PROGRAM} inspect --help' (what over-parametrization or growth would do with each parameter), "
+            f"'{PROGRAM} collapse --help' (from a training checkpoint to a small plain one) and "
+            f"'{PROGRAM} fuse --help' (from trained networks to a larger one).",
         },
     )
-
-
-def inspect(words: list[str]) -> None:
-    """Print what each SimulatedOverparam callback of a configuration would do with every parameter; train nothing.
-
-    Args:
-        words: options as for ``fit``.
-
-    Raises:
-        UsageError: the configuration has no SimulatedOverparam callback.
-    """
-    from lightning_sop import SimulatedOverparam
-
-    cli = InspectCLI(
-        run=False,
-        args=words,
-        save_config_callback=None,
-        parser_kwargs={
-            "exit_on_error": False,
-            "prog": f"{PROGRAM} inspect",
-            "description": "Show, without training, what becomes of every parameter: counts before and after, and the "
-            "reason for each one left alone. Takes the options and configurations of 'fit'. For layers that a module builds "
-            "in its setup(), that of the data module is called first; prepare_data() never is. Where one of them cannot run "
-            "without training, a line says so, and what exists is shown.",
-        },
-    )
-    configured = cli.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector, which mypy cannot see
-    callbacks = [callback for callback in configured if isinstance(callback, SimulatedOverparam)]
-    if not callbacks:
-        raise UsageError("no lightning_sop.SimulatedOverparam among trainer.callbacks: nothing to inspect")
-    for note in build_late_layers(cli):
-        print(f"{PROGRAM}: note: {' '.join(note.split())}", file=sys.stderr)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH_OF_FILES)
-    for callback in callbacks:
-        console.print(callback.plan(cli.model))
-
-
-def build_late_layers(cli: LightningCLI) -> list[str]:
-    """Run the hooks in which a module may build layers, as ``Trainer._run`` does, but prepare, download and train nothing.
-
-    The data module's ``setup`` comes first, as in a run, and only where the module has one of its own to read its results.
-
-    Args:
-        cli: what was built from the configuration.
-
-    Returns:
-        What could not be run, one note for each.
-
-    Raises:
-        Exception: an error in ``configure_model`` that no failed ``setup`` explains.
-    """
-    model, trainer, notes = cli.model, cli.trainer, []
-    # what the hooks may read: self.trainer with its datamodule, module and stage; no process and no device is set up
-    trainer.state.fn, trainer.training = TrainerFn.FITTING, True
-    trainer.strategy.connect(model)
-    trainer._data_connector.attach_data(model, datamodule=cli.datamodule)
-    owners = (cli.datamodule, model) if is_overridden("setup", model) else ()
-    for owner in owners:
-        if owner is None:
-            continue
-        try:
-            owner.setup(stage=TrainerFn.FITTING)
-        except Exception as error:  # user code, perhaps in want of prepared data, of processes or of a device
-            what = f"{type(owner).__name__}.setup()"
-            notes.append(f"{what} cannot run without training, layers that need it are not shown: {told(error)}")
-    try:
-        model.configure_model()
-    except Exception as error:
-        if not notes:
-            raise
-        notes.append(f"{type(model).__name__}.configure_model() could not run after that: {told(error)}")
-    return notes
-
-
-def told(error: Exception) -> str:
-    """An error's type and message."""
-    return f"{type(error).__name__}: {error}"
 
 
 def collapse(words: list[str]) -> None:
@@ -206,7 +114,7 @@ def collapse(words: list[str]) -> None:
     """
     from lightning_sop.deploy import collapse_file, deploy_path
 
-    parser = ArgumentParser(
+    parser = Words(
         exit_on_error=False,
         prog=f"{PROGRAM} collapse",
         description="Write the small plain checkpoint that a training checkpoint collapses to.",
@@ -230,22 +138,26 @@ def collapse(words: list[str]) -> None:
         print(f"  {key}: {value}")
 
 
-def check_readable(path: str) -> None:
+def check_readable(path: str) -> Container[str]:
     """Refuse a checkpoint that torch cannot load as plain data, which is how LightningCLI loads it.
 
     Args:
         path: a local file.
+
+    Returns:
+        The names of its entries.
 
     Raises:
         UsageError: the file is corrupt, truncated, no checkpoint, or holds objects of classes.
     """
     try:
         # mapped into memory, the weights themselves are not read
-        torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
         raise UsageError(
             f"{path}: corrupt, truncated, or no checkpoint of plain data; copy it again or use another one"
         ) from error
+    return checkpoint if isinstance(checkpoint, dict) else ()
 
 
 def message_for_user(error: Exception) -> str | None:

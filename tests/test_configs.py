@@ -20,6 +20,7 @@ TWINS = {
     "digits_vit_majority": "digits_vit",
     "text_majority": "text",
 }
+GROWN = {"digits_mlp_fused": "digits_mlp", "digits_resnet_fused": "digits_resnet", "text_grown": "text"}
 SHORT = [
     "--trainer.max_epochs=1",
     "--trainer.limit_train_batches=2",
@@ -76,18 +77,43 @@ def test_the_distributed_configuration_has_the_batch_of_its_twin():
     ours, twin = read("text_majority_ddp"), read("text_majority")
     assert ours["model"] == twin["model"]
     assert ours["trainer"]["devices"] * ours["data"]["init_args"]["batch_size"] == twin["data"]["init_args"]["batch_size"]
-    assert {path.stem for path in ALL} == {*TWINS, *TWINS.values(), "text_majority_ddp"}
+    assert {path.stem for path in ALL} == {*TWINS, *TWINS.values(), *GROWN, "text_majority_ddp"}
+
+
+@pytest.mark.parametrize(("grown", "plain"), GROWN.items())
+def test_grown_configurations_differ_from_plain_ones_in_the_callback_alone(grown, plain):
+    ours, theirs = read(grown), read(plain)
+    assert ours["trainer"]["callbacks"].pop(0)["class_path"] == "lightning_sop.DeepFusionGrow"
+    assert ours == theirs
+
+
+def train_donors(path):
+    """Run the commands that a configuration's first lines give, in the working directory."""
+    commands = [line[1:].split() for line in path.read_text().splitlines() if line.startswith("#   lightning-sop ")]
+    for _, *words in commands:
+        assert main([word.replace("configs/", f"{CONFIGS}/") for word in words] + SHORT) == 0
+
+
+def module_of(path):
+    return LanguageModel if path.stem.startswith("text") else ImageClassifier
 
 
 @pytest.mark.parametrize("path", [path for path in ALL if "ddp" not in path.stem], ids=lambda path: path.stem)
-def test_configuration_runs(path, tmp_path):
+def test_configuration_runs(path, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    train_donors(path)
+    tmp_path = tmp_path / "run"
     assert main(["fit", "--config", str(path), f"--trainer.default_root_dir={tmp_path}", *SHORT]) == 0
     files = sorted(file.name for file in tmp_path.rglob("*.ckpt"))
     assert len(files) == (2 if path.stem in TWINS else 1)
     if path.stem in TWINS:
         (deploy_file,) = tmp_path.rglob("*.deploy.ckpt")
-        module = LanguageModel if path.stem.startswith("text") else ImageClassifier
-        module.load_from_checkpoint(deploy_file, strict=True)
+        module_of(path).load_from_checkpoint(deploy_file, strict=True)
+    if path.stem in GROWN:
+        (file,) = tmp_path.rglob("*.ckpt")
+        wanted = read(path.stem)["trainer"]["callbacks"][0]["init_args"]["grown"]
+        assert wanted.items() <= module_of(path).load_from_checkpoint(file, strict=True).hparams.items()
 
 
 def test_distributed_configuration_runs(tmp_path):

@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$|^<!-- (setup|check)[^\n]*\n(.*?)^-->$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-COMMANDS = {"fit", "validate", "test", "predict", "inspect", "collapse"}
+COMMANDS = {"fit", "validate", "test", "predict", "inspect", "collapse", "fuse"}
 SMALL_TRAINERS = {
     "ACCELERATOR": "cpu",
     "DEVICES": "1",
@@ -176,6 +176,8 @@ def test_yaml_builds(
     page: Path, index: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What lacks a model and data gets those of the digits; then everything is made that a run would make."""
+    from lightning_sop.zoo import ImageClassifier
+
     text = blocks(page, "yaml")[index].text
     assert isinstance(yaml.safe_load(text), dict)
     monkeypatch.chdir(tmp_path)
@@ -183,8 +185,11 @@ def test_yaml_builds(
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # which a run would leave behind
     Path("base.yaml").write_text(BASE)
     Path("run.yaml").write_text(text)
+    for donor in re.findall(r"\w+\.ckpt", text):  # of what BASE makes
+        network = ImageClassifier()
+        torch.save({"state_dict": network.state_dict(), "hyper_parameters": dict(network.hparams)}, donor)
     assert main(["inspect", "--config", "base.yaml", "--config", "run.yaml", "--trainer.accelerator=cpu"]) == 0
-    assert "MajorityKernels" in capsys.readouterr().out
+    assert ("Fusion of 2 donors" if "DeepFusionGrow" in text else "MajorityKernels") in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("page", pages_with("sh"))

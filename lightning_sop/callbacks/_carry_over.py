@@ -1,26 +1,28 @@
-"""What a growing run takes along: what its optimizers remember, and its learning rates."""
+"""What a growing run takes along: what its optimizers remember, its schedulers, and its learning rates."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from lightning_sop.callbacks._growing import SELF, Donor, silent
-from lightning_sop.deploy.replay import isolated_random_state
+from lightning_sop.callbacks._growing import SELF, Donor
+from lightning_sop.callbacks._growing_run import silent
+from lightning_sop.deploy.replay import isolated_random_state, map_tensors
 from lightning_sop.growth import Fusion
-from lightning_sop.growth.backward_error import matched_rates
+from lightning_sop.growth.optimizers import plain_name
+from lightning_sop.growth.rates import StepRates, rates_for
 
-#: Optimizers whose updates do not depend on the gradient's scale (subclasses count).
-_NORMALIZING = frozenset(
-    ("Adam", "NAdam", "RAdam", "Adamax", "RMSprop", "Adagrad", "Adadelta", "Rprop", "Muon", "Adafactor")
-)
+#: Options of an optimizer's groups that schedulers change.
+_SCHEDULED = ("lr", "momentum", "betas")
 
 
 def remembered(
@@ -52,50 +54,98 @@ def matched_factors(
     trainer: Trainer,
     fusion: Fusion,
     donors: Sequence[LightningModule],
-    grown: LightningModule,
+    fused: LightningModule,
     batch: Any,
     index: int,
 ) -> dict[str, float]:
-    """Multipliers of the learning rate by parameter name, from the fused network's gradient on the current batch."""
-    gradient = gradient_of_step(grown, batch, index)
-    if gradient is None:
+    """Multipliers of the learning rate by parameter name, from the fused network's gradient on the current batch.
+
+    Args:
+        trainer: of the run.
+        fusion: what was done.
+        donors: the networks that were fused.
+        fused: the grown network; not to be used afterwards.
+        batch: as for a training step.
+        index: of the batch.
+    """
+    module, tensors = trainer.lightning_module, fused.state_dict()
+    gradient = gradient_of_step(fused, module, batch, index)
+    if not trainer.strategy.reduce_boolean_decision(gradient is not None, all=True) or gradient is None:
         rank_zero_info(
             "DeepFusionGrow: training_step gives no loss outside of its Trainer, so the learning rates stay as they are."
         )
         return {}
     if trainer.world_size > 1:  # each rank has its own batch
         gradient = {name: trainer.strategy.reduce(tensor, reduce_op="mean") for name, tensor in gradient.items()}
-    normalizing = all({c.__name__ for c in type(o).__mro__} & _NORMALIZING for o in trainer.optimizers)
-    kind: Literal["sgd", "adam"] = "adam" if normalizing else "sgd"
     sources = [donors[fusion.op.sources.index(source)].state_dict() for source in range(fusion.op.number_of_sources)]
-    return matched_rates(fusion.op, sources, gradient, optimizer=kind)
+    factors: dict[str, float] = {}
+    for optimizer in trainer.optimizers:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        names = {plain_name(name) for name, p in module.named_parameters() if id(p) in held}
+        here = {name: tensor for name, tensor in gradient.items() if name in names}
+        factors |= rates_for(optimizer, fusion.op, sources, tensors, here)
+    return factors
 
 
-def gradient_of_step(module: LightningModule, batch: Any, index: int) -> dict[str, Tensor] | None:
-    """The gradient of a training step's loss, without dropout; None where the step does not work outside of a Trainer."""
-    named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    module.eval()
+def gradient_of_step(network: LightningModule, module: LightningModule, batch: Any, index: int) -> dict[str, Tensor] | None:
+    """The gradient of a training step's loss; None where the step does not work outside of a Trainer.
+
+    Args:
+        network: computes it, without dropout; normalizes by the batch where ``module`` does so.
+        module: the module in training.
+        batch: as for a training step.
+        index: of the batch.
+    """
+    named = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+    training = {plain_name(path): part.training for path, part in module.named_modules()}
+    dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+    network.eval()
+    for path, part in network.named_modules():
+        if isinstance(part, _BatchNorm):
+            part.train(training.get(path, True))
     try:
         with silent(), isolated_random_state(), torch.enable_grad():
-            result = module.training_step(batch, index)
+            inputs = map_tensors(lambda t: t.to(dtype, copy=True) if t.is_floating_point() else t.clone(), batch)
+            result = network.training_step(inputs, index)
             loss = result["loss"] if isinstance(result, Mapping) else result
             if not isinstance(loss, Tensor):
                 return None
             values = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     except Exception:  # the user's step, outside of its Trainer: anything may happen
         return None
-    finally:
-        module.train()
-    return {name: value for name, value in zip(named, values, strict=True) if value is not None}
+    return {n: torch.zeros_like(p) if v is None else v for (n, p), v in zip(named.items(), values, strict=True)}
 
 
-def restart(scheduler: Any) -> None:
-    """A scheduler as it was before its first step, with the learning rates of then."""
-    for group in scheduler.optimizer.param_groups:
-        if "initial_lr" in group:
-            group["lr"] = group["initial_lr"]
-    scheduler.last_epoch = -1
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it steps before the optimizer
-        if hasattr(scheduler, "_initial_step"):
-            scheduler._initial_step()
+def step_rates(
+    optimizers: Iterable[Optimizer], module: LightningModule, by_event: Iterable[Mapping[str, float]]
+) -> list[StepRates]:
+    """Let the optimizers step with the rates that the growth events ask for together."""
+    factors: dict[nn.Parameter, float] = {}
+    events = list(by_event)
+    for name, parameter in module.named_parameters():
+        for event in events:
+            if plain_name(name) in event:
+                factors[parameter] = factors.get(parameter, 1.0) * event[plain_name(name)]
+    return [StepRates(optimizer, factors) for optimizer in optimizers] if factors else []
+
+
+@dataclass
+class Beginning:
+    """A scheduler before its first step, and the options of its optimizer's groups then."""
+
+    scheduler: Any
+    state: dict[str, Any]
+    options: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, scheduler: Any) -> Beginning:
+        """Remember how a scheduler starts."""
+        groups = scheduler.optimizer.param_groups
+        options = [{key: copy.copy(group[key]) for key in _SCHEDULED if key in group} for group in groups]
+        return cls(scheduler, copy.deepcopy(scheduler.state_dict()), options)
+
+    def restore(self) -> None:
+        """Let it start again."""
+        self.scheduler.load_state_dict(copy.deepcopy(self.state))
+        for group, options in zip(self.scheduler.optimizer.param_groups, self.options, strict=False):
+            group.update(copy.deepcopy(options))

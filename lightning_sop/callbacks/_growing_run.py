@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import rich
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 
-from lightning_sop.growth import Fusion
+from lightning_sop.callbacks._plain_copy import plain_copy
+from lightning_sop.callbacks._probe import ProbeRecorder
+from lightning_sop.deploy.replay import Call, compare, isolated_random_state, map_tensors
+from lightning_sop.growth import Fusion, FusionError
+from lightning_sop.growth.probe import answer, float_tensors
 from lightning_sop.growth.schedule import Moment
 
 #: Strategies that shard or own the parameters, whose shapes cannot change under them.
 _UNSUPPORTED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy", "XLAStrategy", "SingleDeviceXLAStrategy")
 #: Callbacks that keep copies of the weights, or other tensors in their place, which do not grow with them.
-_KEEPERS = ("SimulatedOverparam", "WeightAveraging", "StochasticWeightAveraging")
+_KEEPERS = ("SimulatedOverparam", "WeightAveraging", "StochasticWeightAveraging", "ModelPruning")
 
 
 def refuse_unsupported(trainer: Trainer) -> None:
     """Raise where a network cannot grow.
 
     Raises:
-        MisconfigurationException: the strategy shards parameters, or a callback keeps tensors of their shapes.
+        MisconfigurationException: the strategy shards parameters or trains copies of the module in processes of its own, or
+            a callback keeps tensors of their shapes.
     """
     unsupported = {base.__name__ for base in type(trainer.strategy).__mro__} & set(_UNSUPPORTED)
     if unsupported:
@@ -30,22 +40,80 @@ def refuse_unsupported(trainer: Trainer) -> None:
             f"DeepFusionGrow does not work with {unsupported.pop()}, which shards or owns the parameters. Use a single "
             "device or DDP."
         )
+    if getattr(trainer.strategy.launcher, "_start_method", None) is not None:
+        raise MisconfigurationException(
+            "DeepFusionGrow does not work with strategies that start a copy of this process for each device (ddp_spawn, "
+            "ddp_fork, ddp_notebook): the module that you hold could not take the grown weights back. Use strategy='ddp'."
+        )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        keeper = {base.__name__ for base in type(callback).__mro__} & set(_KEEPERS)
-        if keeper:
+        if {base.__name__ for base in type(callback).__mro__} & set(_KEEPERS):
             raise MisconfigurationException(
-                f"DeepFusionGrow does not work together with {keeper.pop()}, which keeps tensors of the weights' shapes. "
-                "Grow in one run, and use it in the next, which starts from the grown checkpoint."
+                f"DeepFusionGrow does not work together with {type(callback).__name__}, which keeps tensors of the weights' "
+                "shapes. Grow in one run, and use it in the next, which starts from the grown checkpoint."
             )
 
 
 def moment_of(trainer: Trainer, metrics: Mapping[str, float]) -> Moment:
     """Where the run is, between two optimizer steps."""
     epochs, batches = trainer.max_epochs, trainer.num_training_batches
-    total = trainer.max_steps if trainer.max_steps > 0 else None
-    if total is None and epochs is not None and epochs > 0 and batches != float("inf"):
-        total = epochs * math.ceil(batches / trainer.accumulate_grad_batches)
-    return Moment(trainer.global_step, total, metrics)
+    totals = [trainer.max_steps] if trainer.max_steps > 0 else []
+    if epochs is not None and epochs > 0 and batches != float("inf"):
+        # a module that steps its optimizers itself is taken to step each of them once a batch
+        optimizers = 1 if trainer.lightning_module.automatic_optimization else len(trainer.optimizers)
+        totals.append(epochs * math.ceil(batches / trainer.accumulate_grad_batches) * optimizers)
+    return Moment(trainer.global_step, min(totals, default=None), metrics)
+
+
+def metrics_of(trainer: Trainer) -> dict[str, float]:
+    """What was logged last, the same on all ranks: each must come to the same decision."""
+    metrics: dict[str, float] = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return metrics if trainer.world_size == 1 else trainer.strategy.broadcast(metrics)
+
+
+def calls_of_step(module: LightningModule, batch: Any, index: int) -> list[Call]:
+    """The calls with which a training step enters the module's networks, from a run of it on a plain copy.
+
+    Returns:
+        The calls that were made before the step ended or failed: outside of a Trainer not every step works.
+    """
+    subject = plain_copy(module)
+    recorder = ProbeRecorder()
+    recorder.attach(subject)
+    recorder.open()
+    try:
+        with silent(), torch.no_grad(), isolated_random_state():
+            subject.training_step(map_tensors(torch.Tensor.clone, batch), index)
+    except Exception:  # the user's step, outside of its Trainer: anything may happen
+        pass
+    finally:
+        recorder.detach()
+    return recorder.calls
+
+
+def shared(trainer: Trainer, calls: list[Call]) -> list[Call]:
+    """The first rank's calls on every rank, for all have to fuse alike."""
+    if trainer.world_size == 1:
+        return calls
+    return trainer.strategy.broadcast([map_tensors(torch.Tensor.cpu, call) for call in calls])
+
+
+def check_adopted(twin: LightningModule, fused: LightningModule, calls: Sequence[Call], tolerance: float) -> None:
+    """Raise if a copy of the module that has taken the grown shape computes something else than the grown network."""
+    expected, measured = (float_tensors(answer(network, calls)) for network in (fused, twin))
+    names = [f"output {number}" for number in range(len(expected))]
+    gap = compare(expected, measured, names) if len(expected) == len(measured) else None
+    if gap is None or gap.exceeds(tolerance):
+        raise FusionError(
+            f"{type(twin).__name__} does not compute with the grown tensors what it computes when it is built anew: what it "
+            "keeps besides parameters, buffers and plain attributes (a function made for the old width, say) does not follow"
+        )
+
+
+def wrap_again(trainer: Trainer, module: LightningModule) -> None:
+    """Let the strategy's wrapper see the new parameters."""
+    if isinstance(trainer.strategy, DDPStrategy):
+        trainer.strategy.model = module
+        trainer.strategy.configure_ddp()
 
 
 def report(trainer: Trainer, fusion: Fusion, donors: Sequence[str]) -> None:
@@ -60,3 +128,11 @@ def report(trainer: Trainer, fusion: Fusion, donors: Sequence[str]) -> None:
             f"[bold]DeepFusionGrow[/bold] at step {trainer.global_step}: {len(donors)} donors ({', '.join(donors)}), "
             f"{before:,} -> {after:,} values; {fusion.proof}"
         )
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Steps outside of a Trainer warn when they log."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

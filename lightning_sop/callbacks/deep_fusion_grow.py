@@ -2,50 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import weakref
 from typing import Any, Literal
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_sop.callbacks._carry_over import matched_factors, remembered, restart
-from lightning_sop.callbacks._growing import SELF, Donor, become, calls_of_step, fits, load_donor, wider
-from lightning_sop.callbacks._growing_run import moment_of, refuse_unsupported, report
+from lightning_sop.callbacks._carry_over import Beginning, step_rates
+from lightning_sop.callbacks._growing import SELF, Donor
+from lightning_sop.callbacks._growing_run import calls_of_step, metrics_of, moment_of, refuse_unsupported, report, shared
+from lightning_sop.callbacks._growing_shape import growing, take_shape
+from lightning_sop.callbacks._growing_step import check_ahead, prepare
 from lightning_sop.callbacks._plain_copy import plain_copy
 from lightning_sop.callbacks._probe import ProbeRecorder
 from lightning_sop.deploy.replay import Call
-from lightning_sop.growth import Fusion, FusionError, fuse
-from lightning_sop.growth.check import check_shapes
-from lightning_sop.growth.moments import MapState, grow_optimizer_state
-from lightning_sop.growth.optimizers import plain_name, replace_parameters
+from lightning_sop.growth import Fusion, FusionError
+from lightning_sop.growth.moments import MapState
+from lightning_sop.growth.optimizers import enlist, plain_name, replace_parameters
 from lightning_sop.growth.rates import StepRates
 from lightning_sop.growth.schedule import AtStep, Schedule
 
 FORMAT = 1
-
-
-def growing(trainer: Trainer) -> list[DeepFusionGrow]:
-    """The growth events of a run, in their order."""
-    return [callback for callback in trainer.callbacks if isinstance(callback, DeepFusionGrow)]  # type: ignore[attr-defined]
-
-
-def take_shape(module: nn.Module, state_dict: Mapping[str, Any], *_: Any) -> None:
-    """Before weights are loaded: give the module the shape that they have, if the run's growth events lead there."""
-    trainer = getattr(module, "_trainer", None)
-    if trainer is None or fits(module, state_dict):
-        return
-    assert isinstance(module, LightningModule)
-    changes: dict[str, Any] = {}
-    for event in growing(trainer):
-        changes |= event.grown
-        grown = wider(module, event.grown if event.target else changes, event.target)
-        if fits(grown, state_dict):
-            successors = become(module, grown, {} if event.target else changes)
-            for other in growing(trainer):
-                other.successors = successors
-            return
 
 
 class DeepFusionGrow(Callback):
@@ -113,6 +93,8 @@ class DeepFusionGrow(Callback):
             raise ValueError(
                 f"DeepFusionGrow: learning_rate must be match, keep, restart or a number, not {learning_rate!r}"
             )
+        if not isinstance(learning_rate, str) and not learning_rate > 0:
+            raise ValueError(f"DeepFusionGrow: learning_rate must be a positive number, not {learning_rate!r}")
         self.donors = names
         self.grown = dict(grown)
         self.schedule = AtStep(0) if schedule is None else schedule
@@ -128,13 +110,33 @@ class DeepFusionGrow(Callback):
         self.verbose = verbose
         self.fusion: Fusion | None = None
         self.grown_at: int | None = None
+        self.successors: dict[nn.Parameter, nn.Parameter] = {}  # of a network that took its shape from loaded weights
+        self.added: set[str] = set()  # names of parameters that it got then
         self._factors: dict[str, float] = {}
-        self._rates: list[StepRates] = []
-        self._loaded: list[Donor] = []
-        self._boundary = True
+        self._unused = copy.deepcopy(self.schedule.state_dict())
+        self._network: weakref.ref[LightningModule] | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """What lasts for one call of fit."""
+        self._rates: list[StepRates] = []  # of the run's first event, for all of them
+        self.loaded: dict[str, Donor] = {}
+        self._beginnings: list[Beginning] = []
+        self._boundary, self._steps = True, -1
         self._recorder: ProbeRecorder | None = None
         self._reshape: RemovableHandle | None = None
-        self.successors: dict[nn.Parameter, nn.Parameter] = {}  # of a network that took its shape from loaded weights
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickled ones begin a run of their own.
+        fresh: dict[str, Any] = {
+            "_rates": [],
+            "loaded": {},
+            "_beginnings": [],
+            "_recorder": None,
+            "_reshape": None,
+            "_network": None,
+        }
+        return {**self.__dict__, **fresh, "successors": {}}
 
     @property
     def state_key(self) -> str:
@@ -144,27 +146,38 @@ class DeepFusionGrow(Callback):
     # ------------------------------------------------------------------ before training
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check what can be checked, and be ready for the weights of a network that has grown already."""
+        """Check the run, and be ready for the weights of a network that has grown already."""
+        self._leave()
         if growing(trainer)[0] is self:
             self._reshape = pl_module.register_load_state_dict_pre_hook(take_shape)  # type: ignore[no-untyped-call]
         if stage != "fit":
             return
         refuse_unsupported(trainer)
-        if self.grown_at is None:
-            self._loaded = [load_donor(name, pl_module) for name in dict.fromkeys(self.donors) if name != SELF]
+        if len({event.target is None for event in growing(trainer)}) > 1:
+            raise MisconfigurationException("DeepFusionGrow: events of one run grow with target= either all or none")
+        if self._network is not None and self._network() is not pl_module:  # another network, which has not grown
+            self.grown_at, self.fusion, self._factors = None, None, {}
+            self.schedule.load_state_dict(copy.deepcopy(self._unused))
+        self._network = weakref.ref(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Widths and names are compared before anything runs, whenever the growth is due."""
+        """Files, names and widths of all growth to come are checked before anything runs."""
         for optimizer in trainer.optimizers:  # made before the weights were loaded, perhaps
             replace_parameters(optimizer, self.successors, {})
-        self.successors = {}
-        if self.grown_at is None and self._next_in_line(trainer):  # later ones start from what this one makes
-            check_shapes(*self._networks(pl_module))
+        enlist(trainer.optimizers, {plain_name(name): p for name, p in pl_module.named_parameters()}, self.added)
+        self.successors, self.added = {}, set()
+        if self.learning_rate == "restart":
+            self._beginnings = [Beginning.of(config.scheduler) for config in trainer.lr_scheduler_configs]
+        if self.grown_at is None and self._next_in_line(trainer):
+            network = plain_copy(pl_module)
+            for event in growing(trainer)[growing(trainer).index(self) :]:
+                network = check_ahead(event, network, trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The learning rates of a network that has grown before this run was resumed."""
-        self._boundary = True
-        self._set_rates(trainer, pl_module)
+        self._boundary, self._steps = True, trainer.global_step
+        if growing(trainer)[0] is self:
+            self._set_rates(trainer, pl_module)
 
     # ------------------------------------------------------------------ training
 
@@ -173,7 +186,7 @@ class DeepFusionGrow(Callback):
         if self.grown_at is not None or not self._boundary or not self._next_in_line(trainer):
             return
         if self.schedule.due(moment_of(trainer, {})):
-            calls = calls_of_step(pl_module, batch, batch_idx) or self._recorded()
+            calls = shared(trainer, calls_of_step(pl_module, batch, batch_idx))
             if calls:
                 self._grow(trainer, pl_module, calls, batch, batch_idx)
             else:  # the step needs its Trainer: listen to this one, and grow after it
@@ -185,103 +198,68 @@ class DeepFusionGrow(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Whether gradients are being accumulated."""
-        self._boundary = not trainer.fit_loop._should_accumulate()
+        for rates in self._rates:
+            rates.join()  # after a step that raised, if the module has gone on
+        stepped = pl_module.automatic_optimization or trainer.global_step != self._steps
+        self._boundary, self._steps = stepped and not trainer.fit_loop._should_accumulate(), trainer.global_step
         if self._recorder is not None:
             self._recorder.close()
+            if self._boundary:
+                recorder, self._recorder = self._recorder, None
+                recorder.detach()
+                calls = shared(trainer, recorder.calls)
+                if not calls:
+                    raise FusionError(f"no call of a network was seen in training_step to probe with. {recorder.missed}")
+                self._grow(trainer, pl_module, calls, batch, batch_idx)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """New metrics for the schedule."""
         if not trainer.sanity_checking and self.grown_at is None:
-            metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-            self.schedule.observe(moment_of(trainer, metrics))
+            self.schedule.observe(moment_of(trainer, metrics_of(trainer)))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """New metrics for the schedule, where nothing is validated."""
+        if not trainer.enable_validation and self.grown_at is None:
+            self.schedule.observe(moment_of(trainer, metrics_of(trainer)))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """The optimizer's own groups, also after a step that raised."""
-        for rates in self._rates:
-            rates.join()
+        """Leave nothing behind, also after a step that raised; no teardown follows."""
+        self._leave()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave nothing behind on the optimizers."""
+        """Leave nothing behind on module and optimizers."""
+        self._leave()
+
+    def _leave(self) -> None:
         for rates in self._rates:
             rates.remove()
-        self._rates, self._loaded = [], []
+        if self._recorder is not None:
+            self._recorder.detach()
         if self._reshape is not None:
             self._reshape.remove()
-            self._reshape = None
+        self.successors, self.added = {}, set()
+        self._forget()
 
     def _next_in_line(self, trainer: Trainer) -> bool:
         """Events happen in the order of the callbacks."""
         events = growing(trainer)
         return all(event.grown_at is not None for event in events[: events.index(self)])
 
-    def _recorded(self) -> list[Call]:
-        if self._recorder is None:
-            return []
-        self._recorder.detach()
-        if not self._recorder.calls:
-            raise FusionError(f"no call of a network was seen in training_step to probe with. {self._recorder.missed}")
-        return self._recorder.calls
-
     # ------------------------------------------------------------------ growth
 
-    def _networks(self, pl_module: LightningModule) -> tuple[list[LightningModule], LightningModule]:
-        """Donors in order, and an unfused grown network; plain ones, which share nothing with the live module."""
-        here = plain_copy(pl_module)
-        modules: dict[str, LightningModule] = {SELF: here}
-        for donor in self._loaded:
-            assert donor.module is not None
-            modules[donor.name] = donor.module.to(here.device)
-        return [modules[name] for name in self.donors], wider(pl_module, self.grown, self.target).to(here.device)
-
     def _grow(self, trainer: Trainer, pl_module: LightningModule, calls: list[Call], batch: Any, index: int) -> None:
-        donors, grown = self._networks(pl_module)
-        fusion = fuse(
-            donors,
-            grown,
-            calls,
-            weights=self.weights,
-            off_diagonal=self.off_diagonal,
-            chunks=self.chunks,
-            tolerance=self.tolerance,
-            seed=self.seed,
-        )
-        names = {parameter: plain_name(name) for name, parameter in pl_module.named_parameters()}
-        sources = [name for n, name in enumerate(self.donors) if name not in self.donors[:n]]
-        states = [remembered(trainer.optimizers, self._donor(name), names) for name in sources]
-        if self.learning_rate == "match":
-            self._factors = matched_factors(trainer, fusion, donors, grown, batch, index)
-        successors = become(pl_module, grown, {} if self.target else self.grown)
-        live = {plain_name(name): parameter for name, parameter in pl_module.named_parameters()}
-        for number, optimizer in enumerate(trainer.optimizers):
-            carried = (self.optimizer_state or grow_optimizer_state)(
-                fusion.op, optimizer, [state[number] for state in states], live
-            )
-            replace_parameters(optimizer, successors, {live[name]: entry for name, entry in carried.items()}, restart=True)
-        if isinstance(trainer.strategy, DDPStrategy):
-            trainer.strategy.model = pl_module
-            trainer.strategy.configure_ddp()
-        self.fusion, self.grown_at = fusion, trainer.global_step
-        self._continue_at(trainer, pl_module)
-        report(trainer, fusion, self.donors if self.verbose else [])
-
-    def _donor(self, name: str) -> Donor:
-        return next((donor for donor in self._loaded if donor.name == name), Donor(SELF))
-
-    def _continue_at(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.learning_rate == "restart":
-            for config in trainer.lr_scheduler_configs:
-                restart(config.scheduler)
-        elif isinstance(self.learning_rate, (int, float)):
-            self._factors = {plain_name(name): float(self.learning_rate) for name, _ in pl_module.named_parameters()}
-        self._set_rates(trainer, pl_module)
+        growth = prepare(self, trainer, calls, batch, index)  # on copies: all that may fail
+        growth.happen(trainer)
+        for beginning in self._beginnings:
+            beginning.restore()
+        self.fusion, self.grown_at, self._factors, self.loaded = growth.fusion, trainer.global_step, growth.factors, {}
+        growing(trainer)[0]._set_rates(trainer, pl_module)
+        report(trainer, growth.fusion, self.donors if self.verbose else [])
 
     def _set_rates(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for rates in self._rates:
             rates.remove()
-        factors = {
-            p: self._factors[plain_name(n)] for n, p in pl_module.named_parameters() if plain_name(n) in self._factors
-        }
-        self._rates = [StepRates(optimizer, factors) for optimizer in trainer.optimizers] if factors else []
+        self._rates = step_rates(trainer.optimizers, pl_module, [event._factors for event in growing(trainer)])
 
     # ------------------------------------------------------------------ state
 

@@ -33,7 +33,8 @@ def check_shapes(donors: Sequence[nn.Module], grown: nn.Module) -> None:
                 f"{name} is of shape {tuple(tensor.shape)} in the grown model; donors of {', '.join(map(str, shapes))} need "
                 f"({', '.join(needed)})"
             )
-    if all(state[name].shape == tensor.shape for state in states for name, tensor in grown.state_dict().items()):
+    wanted = grown.state_dict().items()
+    if all(name in state and state[name].shape == tensor.shape for state in states for name, tensor in wanted):
         raise FusionError("the grown model is no larger than its donors: every tensor has the shape that it has in them")
 
 

@@ -73,8 +73,20 @@ def group_norms_(model: nn.Module, groups: Mapping[str, Sequence[int]]) -> None:
         if not isinstance(norm, GroupedNorm):
             norm.__class__ = _grouped(type(norm))
         reference = next((p for p in norm.parameters()), torch.empty(0))
+        _fast_path(model, path, allowed=False)
         norm.register_buffer(GROUPS, torch.tensor(sizes, device=reference.device))
         object.__setattr__(norm, "group_sizes", tuple(int(size) for size in sizes))
+
+
+def _fast_path(model: nn.Module, path: str, *, allowed: bool) -> None:
+    """Torch's encoder layer computes all of itself in one call in evaluation, with a norm's tensors but without the norm."""
+    layer = model.get_submodule(path.rpartition(".")[0])
+    if isinstance(layer, nn.TransformerEncoderLayer):  # the number of its activation is what it asks before it does so
+        kinds = {1: (nn.functional.relu, nn.ReLU), 2: (nn.functional.gelu, nn.GELU)}
+        found = (
+            n for n, (function, cls) in kinds.items() if layer.activation is function or isinstance(layer.activation, cls)
+        )
+        layer.activation_relu_or_gelu = next(found, 0) if allowed else 0
 
 
 def group_like_(model: nn.Module, state: Mapping[str, Any]) -> None:
@@ -88,8 +100,9 @@ def group_like_(model: nn.Module, state: Mapping[str, Any]) -> None:
 
 def ungroup_norms_(model: nn.Module) -> None:
     """Plain norms again, in place."""
-    for module in model.modules():
+    for path, module in model.named_modules():
         if isinstance(module, GroupedNorm):
+            _fast_path(model, path, allowed=True)
             module.__class__ = _plain(type(module))
             del module._buffers[GROUPS], module.__dict__["group_sizes"]
 

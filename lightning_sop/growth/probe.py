@@ -54,11 +54,17 @@ def record_visits(model: nn.Module, calls: Sequence[Call]) -> tuple[Visits, list
     return visits, answers
 
 
-def answer(model: nn.Module, calls: Sequence[Call]) -> list[Any]:
-    """What a model answers in evaluation mode, without gradients and without using up global random state."""
+def answer(model: nn.Module, calls: Sequence[Call], *, part_by_part: bool = True) -> list[Any]:
+    """What a model answers in evaluation mode, without gradients and without using up global random state.
+
+    Args:
+        model: any module.
+        calls: what to call it with.
+        part_by_part: forbid torch's encoder layers to compute all of themselves without calling their parts.
+    """
     modes = {module: module.training for module in model.modules()}
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # which computes whole layers without calling their parts
+    torch.backends.mha.set_fastpath_enabled(fast and not part_by_part)
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     model.eval()
     try:

@@ -6,7 +6,10 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from lightning_sop.growth.evidence import Evidence, Laboratory
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,22 @@ class Schedule(ABC):
 
     def observe(self, moment: Moment) -> None:  # noqa: B027  # most schedules need no metrics
         """New metrics: called after each validation."""
+
+    def wants(self, moment: Moment) -> int:
+        """How many of the latest training batches to keep from now on, for :meth:`consider`. Asked once a step."""
+        return 0
+
+    def consider(self, laboratory: Laboratory, moment: Moment) -> Evidence | None:
+        """Look at the run as it is, between two steps, before :meth:`due` is asked; called while batches are wanted.
+
+        Args:
+            laboratory: for trying growth out on copies.
+            moment: where the run is.
+
+        Returns:
+            What was measured, to be logged; None where nothing was.
+        """
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run has to know."""

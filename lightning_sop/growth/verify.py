@@ -23,21 +23,24 @@ class Proof:
         gap: largest difference, relative to the largest value of the output it is found in.
         promised: whether theory says that there is none.
         outputs: number of output tensors compared.
-        inexact: norms over the units of several donors, which is where a gap that was not promised away arises.
+        inexact: norms over the units of several donors, from which a gap comes that was not promised away.
+        averaged: layers that get an average of what the donors have there, from which one comes, too.
     """
 
     gap: float
     promised: bool
     outputs: int
     inexact: tuple[str, ...]
+    averaged: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        if self.promised or not self.inexact:
-            return f"grown network = average of the donors up to {self.gap:.1e}"
-        return (
-            f"grown network = average of the donors up to {self.gap:.1e}, because {len(self.inexact)} norms run over units "
-            f"of several donors ({self.inexact[0]}, ...)"
-        )
+        text = f"grown network = average of the donors up to {self.gap:.1e}"
+        causes = []
+        if self.inexact:
+            causes.append(f"{len(self.inexact)} norms run over units of several donors ({self.inexact[0]}, ...)")
+        if self.averaged:
+            causes.append(f"{len(self.averaged)} layers get an average of the donors' units ({self.averaged[0]}, ...)")
+        return f"{text}, because {' and '.join(causes)}" if causes else text
 
 
 def prove(
@@ -54,8 +57,8 @@ def prove(
     Raises:
         FusionError: the gap is above the tolerance although exactness was promised; names the first layer that differs.
     """
-    expected = [float_tensors(answer(donor, calls)) for donor in donors]
-    measured = float_tensors(answer(grown, calls))
+    expected = [float_tensors(answer(donor, calls, part_by_part=False)) for donor in donors]
+    measured = float_tensors(answer(grown, calls, part_by_part=False))
     pairs = []
     for index, output in enumerate(measured):
         reference = fused_output([outputs[index] for outputs in expected], output, layout.weights)
@@ -70,7 +73,7 @@ def prove(
             f"the fused network differs from the average of its donors by {gap.relative:.2e} of the largest output, where "
             f"it should be the same{_first_difference(donors, grown, calls, layout, tolerance)}"
         )
-    return Proof(gap.relative, promised, len(pairs), () if promised else layout.inexact)
+    return Proof(gap.relative, promised, len(pairs), *(((), ()) if promised else (layout.inexact, layout.averaged)))
 
 
 def _first_difference(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import pickle
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,10 +39,8 @@ normalized = pytest.mark.parametrize("architecture", NORMALIZED + TRANSFORMERS, 
 
 def outputs(net: nn.Module, probe: Any) -> Tensor:
     net.eval()
-    torch.backends.mha.set_fastpath_enabled(False)
     with torch.no_grad():
         answer = net(**probe) if isinstance(probe, Mapping) else net(probe)
-    torch.backends.mha.set_fastpath_enabled(True)
     return answer if isinstance(answer, Tensor) else answer.logits
 
 
@@ -99,6 +98,7 @@ def test_grouped_norms_are_exact_for_different_donors(architecture: Architecture
     added = set(wide.state_dict()) - names
     assert added
     assert all(name.endswith(".groups") for name in added)
+    assert not any(getattr(m, "activation_relu_or_gelu", 0) for m in wide.modules())  # torch's one-call encoder layers
     for rebuilt in (copy.deepcopy(wide), pickle.loads(pickle.dumps(wide)), architecture.wide()):
         with contextlib.suppress(RuntimeError):
             rebuilt.load_state_dict(wide.state_dict())
@@ -125,6 +125,22 @@ def test_grouped_norms_train() -> None:
         torch.autograd.grad(norm(x).pow(3).sum(), leaves), torch.autograd.grad(expected.pow(3).sum(), leaves), strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_a_failed_fusion_leaves_no_grouped_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    architecture = next(a for a in NORMALIZED if a.name == "decoder")
+    wide = architecture.wide()
+    before = outputs(wide, TOKENS)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise FusionError("planted")
+
+    monkeypatch.setattr(sys.modules["lightning_sop.growth.fuse"], "prove", refuse)  # the package's attribute is the function
+    with pytest.raises(FusionError, match="planted"):
+        fuse([architecture.donor(0), architecture.donor(1)], wide, TOKENS, norm="grouped")
+    assert not any(type(module).__name__.startswith("Grouped") for module in wide.modules())
+    assert all(layer.activation_relu_or_gelu == 2 for layer in wide.layers)
+    torch.testing.assert_close(outputs(wide, TOKENS), before, rtol=0, atol=0)
 
 
 def test_norms_that_cannot_be_grouped() -> None:

@@ -1,0 +1,143 @@
+"""The growth of a run: prepared on copies, where anything may fail, and then done."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_sop.callbacks._carry_over import matched_factors, remembered
+from lightning_sop.callbacks._growing import SELF, Donor, build, check_rebuilt, load_donor, wider
+from lightning_sop.callbacks._growing_run import check_adopted, wrap_again
+from lightning_sop.callbacks._growing_shape import become
+from lightning_sop.callbacks._plain_copy import plain_copy
+from lightning_sop.deploy.replay import Call
+from lightning_sop.growth import Fusion, FusionError, fuse
+from lightning_sop.growth.check import check_shapes
+from lightning_sop.growth.moments import grow_optimizer_state
+from lightning_sop.growth.optimizers import enlist, home_of, plain_name, replace_parameters
+
+if TYPE_CHECKING:
+    from lightning_sop.callbacks.deep_fusion_grow import DeepFusionGrow
+
+
+def check_ahead(event: DeepFusionGrow, network: LightningModule, trainer: Trainer) -> LightningModule:
+    """Load an event's donors and compare names and shapes; returns what the network is to become.
+
+    Args:
+        event: keeps the donors.
+        network: what the module will be when it grows, a copy.
+        trainer: of the run.
+
+    Raises:
+        FusionError: names the file or the parameter.
+    """
+    network._trainer = trainer  # which a setup() that makes layers may ask
+    if event.target is None:
+        check_rebuilt(network)
+    paths = [name for name in dict.fromkeys(event.donors) if name != SELF]
+    event.loaded = {path: load_donor(path, network) for path in paths}
+    grown = wider(network, event.grown, event.target)
+    donors = [network if name == SELF else event.loaded[name].module or network for name in event.donors]
+    try:
+        check_shapes(donors, grown)
+    except FusionError as error:
+        raise FusionError(f"donors {', '.join(event.donors)}: {error}") from error
+    return grown
+
+
+@dataclass
+class Growth:
+    """A growth that is ready to happen.
+
+    Attributes:
+        fusion: how the donors were fused.
+        grown: the grown network, with its weights.
+        changes: hyper-parameters that change.
+        targets: attributes that are replaced instead.
+        before: the network built with its old hyper-parameters.
+        carried: by optimizer, the grown state by parameter name.
+        factors: of the learning rates, by parameter name.
+    """
+
+    fusion: Fusion
+    grown: LightningModule
+    changes: Mapping[str, Any]
+    targets: tuple[str, ...]
+    before: LightningModule | None
+    carried: list[dict[str, dict[str, Any]]]
+    factors: dict[str, float]
+
+    def happen(self, trainer: Trainer) -> None:
+        """Give module and optimizers their new tensors."""
+        module = trainer.lightning_module
+        known = {plain_name(name) for name, _ in module.named_parameters()}
+        successors = become(module, self.grown, self.changes, self.targets, self.before)
+        live = {plain_name(name): parameter for name, parameter in module.named_parameters()}
+        for optimizer, entries in zip(trainer.optimizers, self.carried, strict=True):
+            state = {live[name]: entry for name, entry in entries.items()}
+            replace_parameters(optimizer, successors, state, restart=live.values())
+        enlist(trainer.optimizers, live, [name for name in live if name not in known])
+        wrap_again(trainer, module)
+
+
+def prepare(event: DeepFusionGrow, trainer: Trainer, calls: list[Call], batch: Any, index: int) -> Growth:
+    """Fuse, prove, and carry over what the optimizers remember; nothing of the run is changed.
+
+    Args:
+        event: its options.
+        trainer: of the run.
+        calls: to probe with.
+        batch: the current one, for the learning rates.
+        index: of the batch.
+
+    Raises:
+        FusionError: the fused network is not what it should be.
+    """
+    module = trainer.lightning_module
+    here = plain_copy(module)
+    dtype = next((p.dtype for p in here.parameters() if p.is_floating_point()), torch.float32)
+    dtype = torch.promote_types(dtype, torch.float32)  # what is proven is not rounded
+    networks = {SELF: here} | {name: donor.module for name, donor in event.loaded.items() if donor.module is not None}
+    donors = [networks[name].to(here.device, dtype) for name in event.donors]
+    grown = wider(module, event.grown, event.target).to(here.device, dtype)
+    fused = copy.deepcopy(grown)  # which is called; what it keeps of that is not taken over
+    fusion = fuse(
+        donors,
+        fused,
+        calls,
+        weights=event.weights,
+        off_diagonal=event.off_diagonal,
+        chunks=event.chunks,
+        tolerance=event.tolerance,
+        seed=event.seed,
+    )
+    grown.load_state_dict(fused.state_dict())
+    changes, targets = ({}, (event.target,)) if event.target else (event.grown, ())
+    before = None if targets else build(module, {})
+    twin = plain_copy(module).to(here.device, dtype)
+    become(twin, copy.deepcopy(grown), changes, targets, before)
+    check_adopted(twin, fused, calls, event.tolerance)
+
+    names = {parameter: plain_name(name) for name, parameter in module.named_parameters()}
+    mine = {name: parameter for parameter, name in names.items()}
+    for name, _ in twin.named_parameters():
+        if name not in mine:  # of a new block
+            home_of(name, trainer.optimizers, mine)
+    sources = [event.loaded.get(name) or Donor(SELF) for name in dict.fromkeys(event.donors)]
+    states = [remembered(trainer.optimizers, donor, names) for donor in sources]
+    carry, tensors = event.optimizer_state or grow_optimizer_state, dict(twin.named_parameters())
+    carried = [
+        carry(fusion.op, optimizer, [state[number] for state in states], tensors)
+        for number, optimizer in enumerate(trainer.optimizers)
+    ]
+    factors = {}
+    if event.learning_rate == "match":
+        factors = matched_factors(trainer, fusion, donors, fused, batch, index)
+    elif isinstance(event.learning_rate, (int, float)):
+        factors = {name: float(event.learning_rate) for name in names.values()}
+    return Growth(fusion, grown, changes, targets, before, carried, factors)

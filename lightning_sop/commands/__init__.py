@@ -1,0 +1,1 @@
+"""What ``lightning-sop`` does besides running a Trainer."""
