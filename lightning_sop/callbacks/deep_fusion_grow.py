@@ -41,7 +41,8 @@ class DeepFusionGrow(Callback):
             any widths, among which ``"self"`` may be, too.
         grown: changed hyper-parameters by name, for example ``{"width": 512, "heads": 8}``; or with ``target`` the new
             module of that attribute, ``{"class_path": …, "init_args": {…}}``.
-        schedule: when; default before the first step.
+        schedule: when, counted in ``trainer.global_step``; default before the first step. Where ``training_step`` needs its
+            Trainer before it calls the network, one step more is taken, for a probe.
         copies: how many copies of the network ``donors="self"`` stands for.
         target: the attribute of the LightningModule that grows, where the class cannot be built from hyper-parameters.
         weights: λ, what each donor's output counts in the average; default equal for different networks, unequal for copies
@@ -50,8 +51,9 @@ class DeepFusionGrow(Callback):
         chunks: by pattern of a layer's path: the number of equal parts of its outputs, where several quantities lie in one
             matrix and the probe does not find out.
         learning_rate: how to go on. ``"match"``: each tensor's rate is multiplied such that the loss falls as fast as
-            before; ``"keep"``: the rates of the optimizer; ``"restart"``: the schedulers begin anew at their peak; a number
-            multiplies all rates.
+            before; ``"keep"``: the rates of the optimizer; ``"restart"``: the schedulers begin anew; a number multiplies all
+            rates. Weights decay as fast as before in any case. The multipliers hold inside ``optimizer.step()`` only: the
+            optimizer's groups show the schedulers' rates.
         optimizer_state: maps the state of an optimizer whose kind is unknown (:mod:`lightning_sop.growth.moments`).
         tolerance: largest gap to the average, relative to the largest output, where theory says that there is none.
         seed: of the noise.

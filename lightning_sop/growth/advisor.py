@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_sop.deploy.replay import isolated_random_state, map_tensors, tensors_in
-from lightning_sop.growth.backward_error import _mean_over_pairs as mean_over_pairs
+from lightning_sop.growth.backward_error import mean_over_pairs as mean_over_pairs
 from lightning_sop.growth.backward_error import igr_rate, speed_rate, split
 from lightning_sop.growth.evidence import Evidence, Laboratory
 from lightning_sop.growth.fuse import as_calls
@@ -37,9 +37,6 @@ _HELD = 2**30  # bytes of gradients that are kept at once, if these are 8 or mor
 
 class Trial:
     """One growth tried out: the copies, and what is measured on them. ``flops`` counts what that takes.
-
-    Args:
-        laboratory: of the run.
 
     Attributes:
         small_flops: of forward and backward of one batch, the mean over ranks; ``small_forward``: of the forward alone.

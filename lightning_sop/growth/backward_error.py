@@ -53,7 +53,7 @@ def u_statistic(gradients: Sequence[State]) -> SquaredNorm:
         ValueError: fewer than 2 batches.
     """
     products = dot_products(gradients)
-    value, error = _mean_over_pairs(products)
+    value, error = mean_over_pairs(products)
     return SquaredNorm(value, error, float(products.diagonal().mean()))
 
 
@@ -139,8 +139,8 @@ def growth_test(
     products = sum(dot_products([batch[source] for batch in small]) for source in range(op.number_of_sources))
     there, here = torch.as_tensor(products), dot_products(grown)
     rest = dot_products([split(op, gradient, batch)[1] for gradient, batch in zip(grown, small, strict=True)])
-    value, error = _mean_over_pairs(new_rate * rest - extra_cost * rate * there)
-    u_small, u_grown, u_rest = (_mean_over_pairs(products)[0] for products in (there, here, rest))
+    value, error = mean_over_pairs(new_rate * rest - extra_cost * rate * there)
+    u_small, u_grown, u_rest = (mean_over_pairs(products)[0] for products in (there, here, rest))
     nu = new_rate * u_rest / (rate * u_small) if u_small > 0 else math.inf if u_rest > 0 else math.nan
     b_small, b_grown = (float(products.diagonal().mean()) for products in (there, here))
     return GrowthTest(nu, extra_cost, value, error, u_small, u_grown, u_rest, b_small, b_grown)
@@ -266,7 +266,7 @@ def order_swap(first: Field, second: Field, at: State) -> dict[str, Tensor]:
     return {name: one[name] - other[name] for name in at}
 
 
-def _mean_over_pairs(products: Tensor) -> tuple[float, float]:
+def mean_over_pairs(products: Tensor) -> tuple[float, float]:
     """The mean of a symmetric (K, K) matrix off its diagonal, and the jackknife standard error of that."""
     number = len(products)
     if number < 2:

@@ -492,7 +492,8 @@ class Layers(Growable):
 
     def __init__(self, depth: int = 1, width: int = 8, fixed: bool = False) -> None:
         super().__init__(width)
-        self.net = nn.Sequential(nn.Linear(10, width), Stack(depth, width), nn.Linear(width, 5))
+        blocks = [Residual(width) for _ in range(depth)]
+        self.net = nn.Sequential(nn.Linear(10, width), nn.Sequential(*blocks), nn.Linear(width, 5))
         self.made = None if not fixed else self.optimizers_of_two_groups()
 
     def optimizers_of_two_groups(self) -> Any:
@@ -504,16 +505,13 @@ class Layers(Growable):
         return self.made or self.optimizers_of_two_groups()
 
 
-class Stack(nn.Module):
-    def __init__(self, depth: int, width: int) -> None:
+class Residual(nn.Module):
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
-                                    for _ in range(depth))  # fmt: skip
+        self.inner, self.outer = nn.Linear(width, width), nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = x + layer(x)
-        return x
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs + self.outer(F.relu(self.inner(inputs)))
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
@@ -528,7 +526,7 @@ def test_new_blocks_are_trained(fixed: bool, tmp_path: Path) -> None:
     decay, rest = (group["params"] for group in whole.optimizers[0].param_groups)
     assert [id(p) for p in decay] == [id(p) for p in full.parameters() if p.dim() > 1]
     assert [id(p) for p in rest] == [id(p) for p in full.parameters() if p.dim() == 1]
-    assert len(full.net[1].layers) == 3 and all(layer[2].weight.any() for layer in full.net[1].layers)
+    assert len(full.net[1]) == 3 and all(block.outer.weight.any() for block in full.net[1])
     for epoch in (0, 2):
         part = seeded(Layers, fixed=fixed)
         run = fit(part, tmp_path / "x", event, every_epoch(tmp_path), max_epochs=4, ckpt=tmp_path / f"epoch={epoch}.ckpt")
