@@ -2,9 +2,9 @@
 
     python benchmarks/growth.py [--text FILE] [--seeds 3] [--steps 3000] [--output benchmarks/results/growth]
 
-Every run is a Lightning Trainer on ``LanguageModel`` over bytes, with AdamW and a cosine to zero over the run's own steps; what
-grows, grows by ``DeepFusionGrow``. FLOPs are those of forward and backward as torch's counter gives them, times steps; what
-donors cost is counted, or not, in columns of its own. Without --text the text is the standard library's.
+Every run is a Lightning Trainer on ``LanguageModel`` over bytes, with AdamW and a cosine to zero over the run's own steps;
+what grows, grows by ``DeepFusionGrow``. FLOPs are those of forward and backward as torch's counter gives them, times steps;
+what donors cost is counted, or not, in columns of its own. Without --text the text is the standard library's.
 """
 
 from __future__ import annotations
@@ -178,7 +178,8 @@ def summarize(results: Sequence[dict[str, Any]], seeds: int) -> list[dict[str, A
         for seed in range(seeds):
             run, wide = by[method, seed], by["wide from scratch", seed]
             target, budget = wide["curve"][-1][1], wide["flops"]
-            donors = sum(r["flops"] for r in results if r["method"].startswith(f"small-{seed}-")) if "donors" in method else 0.0
+            theirs = [r["flops"] for r in results if r["method"].startswith(f"small-{seed}-")]
+            donors = sum(theirs) if "donors" in method else 0.0
             reached = next((flops for flops, loss in run["curve"] if loss <= target), math.inf)
             finals.append(run["curve"][-1][1])
             shares.append(reached / budget)
@@ -201,12 +202,12 @@ def render(document: dict[str, Any]) -> str:
     lines = [
         "# Loss against FLOPs: grown and from scratch",
         "",
-        f"Made by `{document['command']}` ({document['machine']}). LanguageModel over bytes, depth {DEPTH}, context {CONTEXT}, "
-        f"batch {BATCH}; width {SMALL['width']} grown to {WIDE['width']}; AdamW {RATE}, cosine to zero over each run's own steps; "
-        f"{document['seeds']} seeds, mean ± 95 % interval. Text: {document['text']}.",
+        f"Made by `{document['command']}` ({document['machine']}). LanguageModel over bytes, depth {DEPTH}, "
+        f"context {CONTEXT}, batch {BATCH}; width {SMALL['width']} grown to {WIDE['width']}; AdamW {RATE}, cosine to zero over each run's own "
+        f"steps; {document['seeds']} seeds, mean ± 95 % interval. Text: {document['text']}.",
         "",
-        "*FLOPs to the goal*: until the validation loss is that of the wide network's last step, over the FLOPs of that whole run "
-        "(aim: at most 0.60 without, 0.85 with the donors' own training).",
+        "*FLOPs to the goal*: until the validation loss is that of the wide network's last step, over the FLOPs of that whole "
+        "run (aim: at most 0.60 without, 0.85 with the donors' own training).",
         "",
         "| method | final validation loss | FLOPs to the goal | with donors' training |",
         "| --- | --- | --- | --- |",

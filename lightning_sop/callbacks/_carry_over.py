@@ -18,6 +18,7 @@ from lightning_sop.callbacks._growing import SELF, Donor
 from lightning_sop.callbacks._growing_run import silent
 from lightning_sop.deploy.replay import isolated_random_state, map_tensors
 from lightning_sop.growth import Fusion
+from lightning_sop.growth.backward_error import split
 from lightning_sop.growth.optimizers import plain_name
 from lightning_sop.growth.rates import StepRates, rates_for
 
@@ -78,6 +79,11 @@ def matched_factors(
     if trainer.world_size > 1:  # each rank has its own batch
         gradient = {name: trainer.strategy.reduce(tensor, reduce_op="mean") for name, tensor in gradient.items()}
     sources = [donors[fusion.op.sources.index(source)].state_dict() for source in range(fusion.op.number_of_sources)]
+    if not fusion.op.copies_only:
+        # What is new adds to the gradient. If the sum kept its speed, tensors with new features would stand still just where
+        # the old ones have nothing left to learn: so it is what the donors can do that keeps it.
+        image = split(fusion.op, gradient, sources)[0]
+        gradient = {name: image[name] for name in gradient if name in fusion.layout.tensors and name in image}
     factors: dict[str, float] = {}
     for optimizer in trainer.optimizers:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}

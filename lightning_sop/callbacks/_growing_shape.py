@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_sop.callbacks._growing import build, nested, wider
 from lightning_sop.growth.adopt import adopt
+from lightning_sop.growth.norms import group_like_
 from lightning_sop.growth.optimizers import plain_name
 
 if TYPE_CHECKING:
@@ -29,10 +30,15 @@ def growing(trainer: Trainer) -> list[DeepFusionGrow]:
 def take_shape(module: nn.Module, state_dict: Mapping[str, Any], *_: Any) -> None:
     """Before weights are loaded: give the module the shape that they have, if the run's growth events lead there."""
     trainer = getattr(module, "_trainer", None)
-    if trainer is None or fits(module, state_dict):
+    if trainer is None:
         return
     assert isinstance(module, LightningModule)
-    events = growing(trainer)
+    if not fits(module, state_dict):
+        _take_shape(module, state_dict, growing(trainer))
+    group_like_(module, state_dict)
+
+
+def _take_shape(module: LightningModule, state_dict: Mapping[str, Any], events: list[DeepFusionGrow]) -> None:
     for network, changes, targets in _stages(module, events):
         if fits(network, state_dict):
             known = {plain_name(name) for name, _ in module.named_parameters()}

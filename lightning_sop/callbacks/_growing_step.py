@@ -19,6 +19,7 @@ from lightning_sop.deploy.replay import Call
 from lightning_sop.growth import Fusion, FusionError, fuse
 from lightning_sop.growth.check import check_shapes
 from lightning_sop.growth.moments import grow_optimizer_state
+from lightning_sop.growth.norms import group_like_
 from lightning_sop.growth.optimizers import enlist, home_of, plain_name, replace_parameters
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def check_ahead(event: DeepFusionGrow, network: LightningModule, trainer: Traine
     grown = wider(network, event.grown, event.target)
     donors = [network if name == SELF else event.loaded[name].module or network for name in event.donors]
     try:
-        check_shapes(donors, grown)
+        check_shapes(donors, grown, new_units=event.widen is not None)
     except FusionError as error:
         raise FusionError(f"donors {', '.join(event.donors)}: {error}") from error
     return grown
@@ -106,16 +107,8 @@ def prepare(event: DeepFusionGrow, trainer: Trainer, calls: list[Call], batch: A
     donors = [networks[name].to(here.device, dtype) for name in event.donors]
     grown = wider(module, event.grown, event.target).to(here.device, dtype)
     fused = copy.deepcopy(grown)  # which is called; what it keeps of that is not taken over
-    fusion = fuse(
-        donors,
-        fused,
-        calls,
-        weights=event.weights,
-        off_diagonal=event.off_diagonal,
-        chunks=event.chunks,
-        tolerance=event.tolerance,
-        seed=event.seed,
-    )
+    fusion = fuse(donors, fused, calls, **event.options)
+    group_like_(grown, fused.state_dict())
     grown.load_state_dict(fused.state_dict())
     changes, targets = ({}, (event.target,)) if event.target else (event.grown, ())
     before = None if targets else build(module, {})

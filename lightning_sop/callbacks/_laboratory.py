@@ -134,16 +134,7 @@ class RunLaboratory:
         dtype = next((p.dtype for p in small.parameters() if p.is_floating_point()), torch.float32)
         grown = grown.to(small.device, dtype)
         grown.requires_grad_(True)
-        fusion = fuse(
-            donors,
-            grown,
-            calls,
-            weights=event.weights,
-            off_diagonal=event.off_diagonal,
-            chunks=event.chunks,
-            tolerance=event.tolerance,
-            seed=event.seed,
-        )
+        fusion = fuse(donors, grown, calls, **event.options)
         frozen = {name for name, parameter in small.named_parameters() if not parameter.requires_grad}
         for name, parameter in grown.named_parameters():
             parameter.requires_grad_(name not in frozen)

@@ -16,6 +16,7 @@ from lightning_sop.callbacks._growing import SELF, Donor
 from lightning_sop.callbacks._growing_run import calls_of_step, metrics_of, moment_of, refuse_unsupported, report, shared
 from lightning_sop.callbacks._growing_shape import growing, take_shape
 from lightning_sop.callbacks._growing_step import check_ahead, prepare
+from lightning_sop.callbacks._laboratory import RunLaboratory
 from lightning_sop.callbacks._plain_copy import plain_copy
 from lightning_sop.callbacks._probe import ProbeRecorder
 from lightning_sop.deploy.replay import Call
@@ -50,6 +51,9 @@ class DeepFusionGrow(Callback):
         off_diagonal: standard deviation of noise between donors, relative to their weights; 0 keeps the average exact.
         chunks: by pattern of a layer's path: the number of equal parts of its outputs, where several quantities lie in one
             matrix and the probe does not find out.
+        widen: what units beyond the donors' are: ``"new"`` ones, or each a ``"copy"``; None refuses them.
+        norm: norms over units of different donors stay ``"joint"``, with a measured gap, or become ``"grouped"``: exact,
+            and part of the architecture (:mod:`lightning_sop.growth.norms`).
         learning_rate: how to go on. ``"match"``: each tensor's rate is multiplied such that the loss falls as fast as
             before; ``"keep"``: the rates of the optimizer; ``"restart"``: the schedulers begin anew; a number multiplies all
             rates. Weights decay as fast as before in any case. The multipliers hold inside ``optimizer.step()`` only: the
@@ -77,6 +81,8 @@ class DeepFusionGrow(Callback):
         weights: list[float] | None = None,
         off_diagonal: float = 0.0,
         chunks: dict[str, int] | None = None,
+        widen: Literal["new", "copy"] | None = None,
+        norm: Literal["joint", "grouped"] = "joint",
         learning_rate: Literal["match", "keep", "restart"] | float = "match",
         optimizer_state: MapState | None = None,
         tolerance: float = 1e-5,
@@ -89,8 +95,12 @@ class DeepFusionGrow(Callback):
         if isinstance(donors, str) and donors != SELF:
             donors = [donors]
         names = [SELF] * copies if donors == SELF else list(donors)
-        if not 2 <= len(names) <= 8:
-            raise ValueError(f"DeepFusionGrow: 2 to 8 donors can be fused, not {len(names)}")
+        if not 1 <= len(names) <= 8:
+            raise ValueError(f"DeepFusionGrow: 1 to 8 donors can be fused, not {len(names)}")
+        if widen not in (None, "new", "copy"):
+            raise ValueError(f"DeepFusionGrow: widen must be new, copy or None, not {widen!r}")
+        if norm not in ("joint", "grouped"):
+            raise ValueError(f"DeepFusionGrow: norm must be joint or grouped, not {norm!r}")
         if isinstance(learning_rate, str) and learning_rate not in ("match", "keep", "restart"):
             raise ValueError(
                 f"DeepFusionGrow: learning_rate must be match, keep, restart or a number, not {learning_rate!r}"
@@ -104,12 +114,15 @@ class DeepFusionGrow(Callback):
         self.weights = weights
         self.off_diagonal = off_diagonal
         self.chunks = chunks
+        self.widen = widen
+        self.norm = norm
         self.learning_rate = learning_rate
         self.optimizer_state = optimizer_state
         self.tolerance = tolerance
         self.seed = seed
         self.name = name
         self.verbose = verbose
+        self.laboratory = RunLaboratory(self)
         self.fusion: Fusion | None = None
         self.grown_at: int | None = None
         self.successors: dict[nn.Parameter, nn.Parameter] = {}  # of a network that took its shape from loaded weights
@@ -130,15 +143,14 @@ class DeepFusionGrow(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickled ones begin a run of their own.
-        fresh: dict[str, Any] = {
-            "_rates": [],
-            "loaded": {},
-            "_beginnings": [],
-            "_recorder": None,
-            "_reshape": None,
-            "_network": None,
-        }
-        return {**self.__dict__, **fresh, "successors": {}}
+        empty = {"_rates": [], "loaded": {}, "_beginnings": [], "successors": {}}
+        return {**self.__dict__, **empty, **dict.fromkeys(("_recorder", "_reshape", "_network"))}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """How :func:`~lightning_sop.growth.fuse` is to be called."""
+        names = ("weights", "off_diagonal", "chunks", "widen", "norm", "tolerance", "seed")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def state_key(self) -> str:
@@ -187,6 +199,7 @@ class DeepFusionGrow(Callback):
         """Grow, where an optimizer step is complete and the schedule says so."""
         if self.grown_at is not None or not self._boundary or not self._next_in_line(trainer):
             return
+        self.laboratory.before_step(trainer, pl_module, batch, batch_idx)
         if self.schedule.due(moment_of(trainer, {})):
             calls = shared(trainer, calls_of_step(pl_module, batch, batch_idx))
             if calls:
@@ -199,7 +212,8 @@ class DeepFusionGrow(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Whether gradients are being accumulated."""
+        """Whether gradients are being accumulated; what the schedule looks at."""
+        self.laboratory.after_batch(batch, batch_idx)
         for rates in self._rates:
             rates.join()  # after a step that raised, if the module has gone on
         stepped = pl_module.automatic_optimization or trainer.global_step != self._steps
@@ -233,6 +247,7 @@ class DeepFusionGrow(Callback):
         self._leave()
 
     def _leave(self) -> None:
+        self.laboratory.close()
         for rates in self._rates:
             rates.remove()
         if self._recorder is not None:

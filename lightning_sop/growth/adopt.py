@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_sop.growth.norms import GroupedNorm
+
 _BOOKKEEPING = frozenset(nn.Module().__dict__) | {"training"}
 _DEPTH = 8  # of nested attributes that are compared
 
@@ -57,6 +59,9 @@ class _Adoption:
     def run(self, module: nn.Module, grown: nn.Module, before: nn.Module | None, path: str) -> None:
         module, grown = eager(module), eager(grown)
         before = None if before is None else eager(before)
+        if isinstance(grown, GroupedNorm) and not isinstance(module, GroupedNorm):
+            module.__class__ = type(grown)
+            object.__setattr__(module, "group_sizes", grown.group_sizes)
         if not self.within or f"{path}.".startswith(tuple(f"{part}." for part in self.within)):
             _attributes(module, grown, before, self.keep)
         for name, parameter in grown._parameters.items():

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_sop.deploy.replay import isolated_random_state, map_tensors, tensors_in
-from lightning_sop.growth.backward_error import mean_over_pairs as mean_over_pairs
 from lightning_sop.growth.backward_error import igr_rate, speed_rate, split
+from lightning_sop.growth.backward_error import mean_over_pairs as mean_over_pairs
 from lightning_sop.growth.evidence import Evidence, Laboratory
 from lightning_sop.growth.fuse import as_calls
 from lightning_sop.growth.metric import Sizes, mean_of, mean_rate, products, products_of_sources, step_sizes, trap_within

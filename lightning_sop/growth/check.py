@@ -11,8 +11,13 @@ from lightning_sop.growth.errors import FusionError
 from lightning_sop.growth.match import differing_axes
 
 
-def check_shapes(donors: Sequence[nn.Module], grown: nn.Module) -> None:
+def check_shapes(donors: Sequence[nn.Module], grown: nn.Module, *, new_units: bool = False) -> None:
     """What can be said without a probe: the same tensors, and along every axis the same width or the donors' together.
+
+    Args:
+        donors: the networks to fuse.
+        grown: what they are to become.
+        new_units: whether the grown model may have more units than the donors together.
 
     Raises:
         FusionError: names the tensor and the expected shape.
@@ -24,7 +29,7 @@ def check_shapes(donors: Sequence[nn.Module], grown: nn.Module) -> None:
             continue
         shapes = [tuple(state[name].shape) for state in states]
         fine = differing_axes(tensor.shape, shapes) is not None and all(
-            size == sum(sizes) or all(size == other for other in sizes)
+            size == sum(sizes) or (new_units and size > sum(sizes)) or all(size == other for other in sizes)
             for size, *sizes in zip(tensor.shape, *shapes, strict=True)
         )
         if not fine:

@@ -40,6 +40,12 @@ class GrowthOp:
         """Distinct networks."""
         return max(self.sources) + 1
 
+    @property
+    def copies_only(self) -> bool:
+        """Whether the grown network holds copies of one network and no new units."""
+        axes = [axis for tensor in self.layout.tensors.values() for axis in tensor.axes if axis is not None]
+        return self.number_of_sources == 1 and not any(len(axis.new) for axis in axes)
+
     def push(self, states: Sequence[State], into: State, *, linear: bool = False) -> dict[str, Tensor]:
         """G applied to weights, or anything that is like weights (EMA, SWA).
 

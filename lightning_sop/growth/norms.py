@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sop.growth.errors import FusionError
+from lightning_sop.growth.optimizers import plain_name
 
 GROUPS = "groups"
 """Buffer that says how many units each group has; in a state_dict it marks a norm as grouped."""
@@ -91,11 +92,11 @@ def _fast_path(model: nn.Module, path: str, *, allowed: bool) -> None:
 
 def group_like_(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Make those norms grouped that are grouped in a state_dict, so that it can be loaded."""
-    modules = dict(model.named_modules())
+    paths = {plain_name(path): path for path, _ in model.named_modules()}
     for name, tensor in state.items():
-        path, _, local = name.rpartition(".")
-        if local == GROUPS and path in modules and not isinstance(modules[path], GroupedNorm):
-            group_norms_(model, {path: tensor.tolist()})
+        path, _, local = plain_name(name).rpartition(".")
+        if local == GROUPS and path in paths and not isinstance(model.get_submodule(paths[path]), GroupedNorm):
+            group_norms_(model, {paths[path]: tensor.tolist()})
 
 
 def ungroup_norms_(model: nn.Module) -> None:

@@ -48,18 +48,18 @@ def ranks(folder: Path) -> list[dict[str, Any]]:
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
-def as_rank(rank: int, job: Callable[..., None], port: int, args: Any) -> None:
+def as_rank(rank: int, job: Callable[..., None], port: int, args: Any, options: Any) -> None:
     names = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     os.environ.update(zip(names, (str(rank), "0", "2", "127.0.0.1", str(port)), strict=True))
-    job(*args)
+    job(*args, **options)
 
 
-def on_two_ranks(job: Callable[..., None], *args: Any) -> None:
+def on_two_ranks(job: Callable[..., None], *args: Any, **options: Any) -> None:
     """Run a function in two processes that Lightning takes for started by a launcher of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.start_processes(as_rank, (job, port, args), nprocs=2, start_method="fork")
+    mp.start_processes(as_rank, (job, port, args, options), nprocs=2, start_method="fork")
 
 
 def ddp(folder: Path, model: pl.LightningModule, *callbacks: Callback, **options: Any) -> None:
@@ -76,10 +76,14 @@ class Unused(Growable):
 
 
 class NotSynchronized(Growable):
-    """Logs a metric that each rank sees otherwise."""
+    """Logs a metric that falls on one rank and rises on the other."""
+
+    def __init__(self, width: int = 8, falls_on: int = 0) -> None:
+        super().__init__(width)
+        self.falls_on = falls_on
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        self.log("val_loss", float(self.current_epoch) * (1 if self.global_rank else -1))
+        self.log("val_loss", float(self.current_epoch) * (-1 if self.global_rank == self.falls_on else 1))
 
 
 def resumed(folder: Path, build: Any, events: Any, options: dict[str, Any]) -> None:
@@ -135,11 +139,26 @@ def test_donors_from_files_on_two_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*sync_dist.*")
-def test_all_ranks_decide_alike(tmp_path: Path) -> None:
+@pytest.mark.parametrize("falls_on", [0, 1])
+def test_all_ranks_decide_alike(falls_on: int, tmp_path: Path) -> None:
     """Where a metric differs between ranks, the first one's counts."""
     event = grow(None, schedule=OnPlateau(patience=1))
-    on_two_ranks(ddp, tmp_path, seeded(NotSynchronized), event)
-    assert [rank["event"]["grown_at"] for rank in ranks(tmp_path)] == [None, None]  # it falls on the first rank
+    on_two_ranks(ddp, tmp_path, seeded(NotSynchronized, falls_on=falls_on), event, max_steps=5, max_epochs=-1)
+    expected = None if falls_on == 0 else 4
+    assert [rank["event"]["grown_at"] for rank in ranks(tmp_path)] == [expected, expected]
+
+
+def compiled(folder: Path, **options: Any) -> None:
+    ddp(folder, torch.compile(seeded(Growable), backend="eager"), grow(2), **options)
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+def test_a_compiled_lightning_module_on_two_ranks(tmp_path: Path) -> None:
+    on_two_ranks(compiled, tmp_path / "compiled")
+    on_two_ranks(ddp, tmp_path / "eager", make(), grow(2))
+    for left, right in zip(ranks(tmp_path / "compiled"), ranks(tmp_path / "eager"), strict=True):
+        assert left["losses"] == pytest.approx(right["losses"], rel=1e-4)
+        assert left["weights"]["net.0.weight"].shape == (16, 10)
 
 
 SCRIPT = """

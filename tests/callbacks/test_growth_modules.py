@@ -161,6 +161,28 @@ def test_all_hyper_parameters_in_one_argument(tmp_path: Path) -> None:
     assert again.hparams == {"width": 16, "other": 1} and same_tensors(dict(again.state_dict()), dict(model.state_dict()))
 
 
+class FromDict(pl.LightningModule):
+    """Nested hyper-parameters."""
+
+    training_step, forward, train_dataloader = Growable.training_step, Growable.forward, Growable.train_dataloader
+    configure_optimizers = WithHparams.configure_optimizers
+
+    def __init__(self, net: dict[str, Any], rate: float = 0.1) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net, self.losses = network(**net), []
+
+
+def test_nested_hyper_parameters(tmp_path: Path) -> None:
+    given = {"width": 8, "dropout": 0.0}
+    model = seeded(FromDict, given)
+    event = grow(2, grown={"net.width": 16})
+    fit(model, tmp_path, event, ModelCheckpoint(tmp_path, filename="x"), max_epochs=1)
+    assert model.hparams == {"net": {"width": 16, "dropout": 0.0}, "rate": 0.1} and given["width"] == 8
+    again = FromDict.load_from_checkpoint(tmp_path / "x.ckpt")
+    assert same_tensors(dict(again.state_dict()), dict(model.state_dict()))
+
+
 class Owner(Growable):
     """Everything that a user may hang on a module."""
 
