@@ -47,7 +47,8 @@ class Text(SplitDataModule):
     def __init__(self, path: str) -> None:
         super().__init__()
         self.batch_size, self.num_workers = BATCH, 0
-        data = gzip.open(path).read() if path.endswith(".gz") else Path(path).read_bytes()
+        data = Path(path).read_bytes()
+        data = gzip.decompress(data) if path.endswith(".gz") else data
         text = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         cut = len(text) * 9 // 10
         self._splits = {"train": TokenWindows(text[:cut], CONTEXT), "val": TokenWindows(text[cut:], CONTEXT)}
@@ -203,11 +204,12 @@ def render(document: dict[str, Any]) -> str:
         "# Loss against FLOPs: grown and from scratch",
         "",
         f"Made by `{document['command']}` ({document['machine']}). LanguageModel over bytes, depth {DEPTH}, "
-        f"context {CONTEXT}, batch {BATCH}; width {SMALL['width']} grown to {WIDE['width']}; AdamW {RATE}, cosine to zero over each run's own "
-        f"steps; {document['seeds']} seeds, mean ± 95 % interval. Text: {document['text']}.",
+        f"context {CONTEXT}, batch {BATCH}; width {SMALL['width']} grown to {WIDE['width']};",
+        f"AdamW {RATE}, cosine to zero over each run's own steps; {document['seeds']} seeds, mean ± 95 % interval. Text: "
+        f"{document['text']}.",
         "",
-        "*FLOPs to the goal*: until the validation loss is that of the wide network's last step, over the FLOPs of that whole "
-        "run (aim: at most 0.60 without, 0.85 with the donors' own training).",
+        "*FLOPs to the goal*: until the validation loss is that of the wide network's last step, over the FLOPs of that",
+        "whole run (aim: at most 0.60 without, 0.85 with the donors' own training).",
         "",
         "| method | final validation loss | FLOPs to the goal | with donors' training |",
         "| --- | --- | --- | --- |",

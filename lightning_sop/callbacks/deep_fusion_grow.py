@@ -143,7 +143,7 @@ class DeepFusionGrow(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickled ones begin a run of their own.
-        empty = {"_rates": [], "loaded": {}, "_beginnings": [], "successors": {}}
+        empty: dict[str, Any] = {"_rates": [], "loaded": {}, "_beginnings": [], "successors": {}}
         return {**self.__dict__, **empty, **dict.fromkeys(("_recorder", "_reshape", "_network"))}
 
     @property

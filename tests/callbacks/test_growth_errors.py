@@ -34,9 +34,8 @@ def refused(model: pl.LightningModule, folder: Path, match: str, *callbacks: Any
     [
         ({"grown": None}, "say what the grown network is"),
         ({"grown": {}}, "say what the grown network is"),
-        ({"copies": 1}, "2 to 8 donors can be fused, not 1"),
-        ({"copies": 9}, "2 to 8 donors can be fused, not 9"),
-        ({"donors": "a.ckpt"}, "2 to 8 donors can be fused, not 1"),
+        ({"copies": 0}, "1 to 8 donors can be fused, not 0"),
+        ({"copies": 9}, "1 to 8 donors can be fused, not 9"),
         ({"learning_rate": "faster"}, "learning_rate must be match, keep, restart or a number, not 'faster'"),
         ({"learning_rate": 0.0}, "learning_rate must be a positive number, not 0.0"),
         ({"learning_rate": -1.0}, "learning_rate must be a positive number"),
