@@ -10,7 +10,8 @@ import pickle
 import sys
 import zipfile
 from argparse import ArgumentError
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -37,6 +38,18 @@ class RunCLI(LightningCLI):
                     f"{path}: a fused network, not a run to resume. Fuse in the run that is to train it, with "
                     "lightning_sop.DeepFusionGrow and the schedule AtStep(0), or load it in Python"
                 )
+
+    def _parse_ckpt_path(self) -> None:
+        # A deploy file has the hyper-parameters, but no class of anybody's: they are those of the configured one.
+        section = self.config[self.config.subcommand]
+        path, model = section.get("ckpt_path"), section.get("model") or {}
+        if path and os.path.isfile(path) and "class_path" in model:
+            saved = check_readable(path).get("hyper_parameters", {})
+            if saved and "_class_path" not in saved and "_instantiator" not in saved:
+                chosen = {"class_path": model["class_path"], "dict_kwargs": saved}
+                self.config = self.parser.parse_object({self.config.subcommand: {"model": chosen}}, self.config)
+                return
+        super()._parse_ckpt_path()
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -138,26 +151,25 @@ def collapse(words: list[str]) -> None:
         print(f"  {key}: {value}")
 
 
-def check_readable(path: str) -> Container[str]:
+def check_readable(path: str) -> dict[str, Any]:
     """Refuse a checkpoint that torch cannot load as plain data, which is how LightningCLI loads it.
 
     Args:
         path: a local file.
 
     Returns:
-        The names of its entries.
+        What it holds, mapped into memory.
 
     Raises:
         UsageError: the file is corrupt, truncated, no checkpoint, or holds objects of classes.
     """
     try:
-        # mapped into memory, the weights themselves are not read
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
         raise UsageError(
             f"{path}: corrupt, truncated, or no checkpoint of plain data; copy it again or use another one"
         ) from error
-    return checkpoint if isinstance(checkpoint, dict) else ()
+    return checkpoint if isinstance(checkpoint, dict) else {}
 
 
 def message_for_user(error: Exception) -> str | None:

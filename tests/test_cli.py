@@ -106,6 +106,10 @@ def test_a_whole_run(tmp_path, capsys):
     for name, weight in written.items():
         torch.testing.assert_close(weight, beside[name])
     ImageClassifier.load_from_checkpoint("small.ckpt")
+    quiet = ["--trainer.logger=false", "--trainer.enable_progress_bar=false"]
+    capsys.readouterr()
+    assert main(["test", "--config", MLP, *quiet, "--ckpt_path", "small.ckpt"]) == 0  # the plain model, with its own width
+    assert "test_acc" in capsys.readouterr().out
 
 
 def test_collapse_names_its_file_and_casts(tmp_path):
