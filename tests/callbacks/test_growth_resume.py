@@ -26,12 +26,10 @@ class Configured(Growable):
 
     def __init__(self, width: int = 8) -> None:
         super().__init__(width)
-        self.made: list[Any] = []
+        self.made = torch.optim.AdamW(self.parameters(), lr=1e-2)
 
     def configure_optimizers(self) -> Any:
-        if not self.made:
-            self.made.append(torch.optim.AdamW(self.parameters(), lr=1e-2))
-        return self.made[0]
+        return self.made
 
 
 class NeedsTrainer(Growable):

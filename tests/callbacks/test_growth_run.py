@@ -345,3 +345,23 @@ def test_two_events_at_once_happen_in_their_order(tmp_path: Path) -> None:
     run = fit(model, tmp_path, grow(3), DeepFusionGrow(grown={"width": 32}, schedule=AtStep(3), verbose=False))
     assert [event.grown_at for event in run.callbacks[:2]] == [3, 3]
     assert model.hparams["width"] == 32
+
+
+def test_the_rates_of_two_events_are_multiplied_once(tmp_path: Path) -> None:
+    seen: list[tuple[int, list[float]]] = []
+
+    class Look(Callback):
+        def on_before_optimizer_step(self, trainer: pl.Trainer, module: Any, optimizer: torch.optim.Optimizer) -> None:
+            optimizer.register_step_pre_hook(look)
+
+    def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        seen.append((len(optimizer._optimizer_step_pre_hooks), [group["lr"] for group in optimizer.param_groups]))
+        optimizer._optimizer_step_pre_hooks.popitem()
+
+    model = make(scheduler=False)
+    events = [grow(2, learning_rate=0.5), grow(4, width=32, learning_rate=0.1)]
+    fit(model, tmp_path, *events, Look(), plugins=[MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))])
+    assert [number for number, _ in seen] == [1, 1, 2, 2, 2, 2, 2, 2]
+    rates = [rates for _, rates in seen]
+    for step, expected in enumerate([1e-2] * 2 + [5e-3] * 2 + [5e-4] * 4):
+        assert rates[step] == pytest.approx([expected]), step
