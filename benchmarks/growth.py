@@ -37,7 +37,7 @@ from lightning_sop.zoo.python_source import TokenWindows
 
 CONTEXT, BATCH, DEPTH = 64, 16, 2
 SMALL, WIDE = {"width": 32, "heads": 2}, {"width": 64, "heads": 4}
-RATE = 3e-3
+RATE = 6e-3
 OBSERVATIONS, VALIDATION_BATCHES = 30, 50  # validations of a run, and batches of each
 
 
@@ -142,25 +142,22 @@ def quiet() -> None:
 
 def plan(seeds: int, steps: int) -> tuple[list[Run], list[Run]]:
     """Donors first, then everything else."""
-    donors = [Run(f"small-{seed}-{donor}", seed + 100 * donor, steps) for seed in range(seeds) for donor in range(2)]
+    third = steps // 3
+    donors = [Run(f"small-{seed}-{donor}", seed + 100 * donor, third) for seed in range(seeds) for donor in range(2)]
+    kept: dict[str, Any] = {"learning_rate": "keep", "schedule": AtFraction(0.5)}
+    halfway = {
+        "two unequal copies at 1/2, rates kept": kept,
+        "two unequal copies at 1/2, rates matched": {**kept, "learning_rate": "match"},
+        "two equal copies with noise at 1/2 (Net2Net)": {**kept, "weights": [0.5, 0.5], "off_diagonal": 0.02},
+    }
     others = []
     for seed in range(seeds):
-        half = steps // 2
-        others += [
-            Run("wide from scratch", seed, steps, wide=True),
-            *(
-                Run(f"two donors fused, rates {rate}", seed, half, {"learning_rate": rate, "schedule": AtStep(0)}, donors=2)
-                for rate in ("keep", "match")
-            ),
-            Run("self-fusion at 1/2, rates keep", seed, steps, {"learning_rate": "keep", "schedule": AtFraction(0.5)}),
-            Run("self-fusion at 1/2, rates match", seed, steps, {"learning_rate": "match", "schedule": AtFraction(0.5)}),
-            Run(
-                "equal copies with noise at 1/2 (Net2Net)",
-                seed,
-                steps,
-                {"learning_rate": "keep", "schedule": AtFraction(0.5), "weights": [0.5, 0.5], "off_diagonal": 0.02},
-            ),
-        ]
+        others.append(Run("wide from scratch", seed, steps, wide=True))
+        for rate in ("keep", "match"):
+            name = f"two donors fused, rates {'kept' if rate == 'keep' else 'matched'}"
+            grow = {"learning_rate": rate, "schedule": AtStep(0)}
+            others.append(Run(name, seed, steps * 2 // 3, grow, donors=2))
+        others += [Run(name, seed, steps, grow) for name, grow in halfway.items()]
     return donors, others
 
 

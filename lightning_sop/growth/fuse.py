@@ -107,7 +107,7 @@ class GrowthOp:
     def push_gradient(self, states: Sequence[State], into: State) -> dict[str, Tensor]:
         """G(GᵀG)⁻¹: what a gradient of the sources is in the grown model, if it stays in the image of G.
 
-        ``push_gradient(pull(g))`` is the orthogonal projection of g on the image (papers: P = G(GᵀG)⁻¹Gᵀ).
+        ``push_gradient(pull(g))`` is the orthogonal projection of g on the image, P = G(GᵀG)⁻¹Gᵀ.
         """
         gram, totals = self.gram(states), self._totals()
         scaled = [{name: t / gram[s][name].to(t) for name, t in state.items()} for s, state in enumerate(states)]
@@ -237,7 +237,7 @@ def write(op: GrowthOp, states: Sequence[State], into: nn.Module, off_diagonal: 
 def default_weights(sources: Sequence[int]) -> tuple[float, ...]:
     """Each network its share of the average; copies of one network share it unequally, in proportion to 1 ± 0.4.
 
-    Equal copies would get equal gradients for ever and never be more than one network (papers: the symmetry trap).
+    Equal copies would get equal gradients for ever and never be more than one network: the symmetry trap.
     """
     weights = [0.0] * len(sources)
     for source in set(sources):

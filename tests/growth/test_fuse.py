@@ -173,7 +173,7 @@ def test_donors_and_random_state_are_left_alone(architecture: Architecture) -> N
 
 @every
 def test_pulled_back_gradient_is_the_donors(architecture: Architecture) -> None:
-    """The chain rule, Gᵀ∇L(Gθ) = ∇L(θ), and the energy of the image part (papers: 8.5)."""
+    """The chain rule, Gᵀ∇L(Gθ) = ∇L(θ), and the energy of the image part."""
     donor, wide = architecture.donor(0).double(), architecture.wide().double()
     fusion = fuse([donor, donor], wide, architecture.probe)
     gradients = []
