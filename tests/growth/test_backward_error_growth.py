@@ -1,4 +1,4 @@
-"""What a growth does to gradients and steps: T6-T8 of §8.10, and the estimates of when growth pays."""
+"""What a growth does to gradients and steps: T6-T8, and the estimates of when growth pays."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_t6_pulled_back_gradients_of_copies_are_the_small_network_s(case: str, w
 
 
 def test_t6_pulled_back_gradients_of_different_donors_are_their_ensemble_s() -> None:
-    """Not the gradients of their separate losses (§8.5)."""
+    """Not the gradients of their separate losses."""
     donors, weights, grown = [mlp(5, 1), mlp(7, 2), mlp(6, 3)], (0.2, 0.5, 0.3), mlp(18)
     op = fused(donors, grown, weights=weights)
     ensemble = classify(lambda x: sum(w * donor(x) for w, donor in zip(weights, donors, strict=True)))
@@ -64,7 +64,7 @@ def test_t6_pulled_back_gradients_of_different_donors_are_their_ensemble_s() -> 
 
 
 def energies(op: GrowthOp, grown: Gradients, small: Gradients, name: str) -> list[float]:
-    """A row of the table of §8.5: GᵀG, and ‖g_b‖², ‖Pg_b‖² and ‖g_⊥‖² relative to ‖g_s‖²."""
+    """A row of the table: GᵀG, and ‖g_b‖², ‖Pg_b‖² and ‖g_⊥‖² relative to ‖g_s‖²."""
     image, rest = split(op, grown, [small])
     parts = [float(tensors[name].square().sum() / small[name].square().sum()) for tensors in (grown, image, rest)]
     gram = op.gram([small])[0][name]
@@ -145,7 +145,7 @@ def train(net: nn.Module, loss: Callable[..., Tensor], kind: str, rates: Mapping
 @copies
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_t8_equal_copies_at_matched_rates_train_as_the_small_network(case: str, kind: str) -> None:
-    """And at unchanged rates they do not (§2.3); multipliers (k, 1, 1/k) for SGD and (1, 1/k, 1/k) for Adam (§8.6)."""
+    """And at unchanged rates they do not; multipliers (k, 1, 1/k) for SGD and (1, 1/k, 1/k) for Adam."""
     small, wide, loss, probe, _ = CASES[case]
     small, matched, unchanged = copy.deepcopy(small), wide(), wide()
     for grown in (unchanged, matched):
@@ -167,7 +167,7 @@ def test_t8_equal_copies_at_matched_rates_train_as_the_small_network(case: str, 
 
 
 def test_t8_equal_copies_stay_copies_and_unequal_ones_separate() -> None:
-    """The rank of the first layer: 7 for ever, or 14 (§2.3)."""
+    """The rank of the first layer: 7 for ever, or 14."""
     small = mlp(7)
     for weights, rank in (((0.5, 0.5), 7), (None, 14)):
         grown = mlp(14)

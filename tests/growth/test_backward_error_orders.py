@@ -1,4 +1,4 @@
-"""The orders of backward error analysis, by which the growth schedule is reasoned: T1-T5, T9, T11 of §8.10.
+"""The orders of backward error analysis, by which the growth schedule is reasoned: T1-T5, T9, T11
 
 A small tanh network with three batches in float64. Flows are integrated by Runge-Kutta steps much finer than h, the added
 terms come from autograd. An error of order p falls by 2^p where h is halved.
@@ -86,7 +86,7 @@ def is_order(error: Callable[[float], float], order: float, within: float = 0.1)
 
 @pytest.mark.parametrize("preconditioned", [False, True], ids=["plain", "rates_by_coordinate"])
 def test_t1_a_step_follows_the_flow_of_the_modified_loss(preconditioned: bool) -> None:
-    """Per step: order 2 of the gradient flow, 3 with the added term (h/4) gᵀDg, D the rates of the coordinates (§8.2)."""
+    """Per step: order 2 of the gradient flow, 3 with the added term (h/4) gᵀDg, D the rates of the coordinates."""
     loss, w = mean(losses()), start()
     rates = torch.linspace(0.5, 2, len(w), dtype=torch.float64) if preconditioned else torch.ones_like(w)
 
@@ -115,7 +115,7 @@ def test_t1_the_error_of_many_steps_is_one_order_lower() -> None:
 
 
 def test_t2_two_losses_in_turn_follow_the_bracket_with_its_sign() -> None:
-    """(h₁h₂/2)(H₂g₁ - H₁g₂) with a plus: order 3; without it or with a minus: order 2 (§8.3)."""
+    """(h₁h₂/2)(H₂g₁ - H₁g₂) with a plus: order 3; without it or with a minus: order 2."""
     (first, second, _), w = losses(), start()
 
     def error(h: float, sign: int) -> float:
@@ -138,7 +138,7 @@ def test_t2_two_losses_in_turn_follow_the_bracket_with_its_sign() -> None:
 
 @pytest.mark.parametrize("case", ["two_losses", "growth"])
 def test_t3_swapping_two_steps_measures_the_bracket(case: str) -> None:
-    """h₁h₂[X, Y] up to order 3; for a step within a subspace and a step on the whole, h₁h₂(HP - PH)g (§8.4)."""
+    """h₁h₂[X, Y] up to order 3; for a step within a subspace and a step on the whole, h₁h₂(HP - PH)g."""
     (first, second, _), w = losses(), start()
     generator = torch.Generator().manual_seed(3)
     basis = torch.linalg.qr(torch.randn(len(w), 12, dtype=torch.float64, generator=generator))[0]
@@ -162,7 +162,7 @@ def test_t3_swapping_two_steps_measures_the_bracket(case: str) -> None:
 
 
 def test_t4_random_reshuffling_follows_the_mean_of_the_batches_norms() -> None:
-    """The mean over all 3! orders of an epoch: L + (h/4m) Σ‖g_j‖² to order 3, with (h/4)‖∇L‖² only to order 2 (§8.2)."""
+    """The mean over all 3! orders of an epoch: L + (h/4m) Σ‖g_j‖² to order 3, with (h/4)‖∇L‖² only to order 2."""
     batches, w = losses(), start()
 
     def error(h: float, field: Vector) -> float:
@@ -182,7 +182,7 @@ def test_t4_random_reshuffling_follows_the_mean_of_the_batches_norms() -> None:
 
 
 def test_t5_heavy_ball_regularizes_by_the_square_of_its_horizon() -> None:
-    """Momentum β: time h/(1-β) on L + h(1+β)/(4(1-β)²) ‖g‖², to global order 2; without the term to order 1 (§8.2)."""
+    """Momentum β: time h/(1-β) on L + h(1+β)/(4(1-β)²) ‖g‖², to global order 2; without the term to order 1."""
     loss, w, beta, time = mean(losses()), start(), 0.5, 2.0
 
     def error(h: float, added: float) -> float:
@@ -203,7 +203,7 @@ def test_t5_heavy_ball_regularizes_by_the_square_of_its_horizon() -> None:
 
 @pytest.mark.parametrize(("sequence", "order"), [("ABAB", 2), ("ABBA", 3)])
 def test_t9_a_palindrome_of_losses_has_no_bracket(sequence: str, order: int) -> None:
-    """Against the flow of the modified losses without the bracket (§8.3)."""
+    """Against the flow of the modified losses without the bracket."""
     (first, second, _), w = losses(), start()
 
     def error(h: float) -> float:
@@ -217,7 +217,7 @@ def test_t9_a_palindrome_of_losses_has_no_bracket(sequence: str, order: int) -> 
 
 
 def test_t11_gradients_before_and_after_predict_the_decrease() -> None:
-    """(h/2)(g·g + g·g₊) to order 3, h‖g‖² to order 2 (§8.7)."""
+    """(h/2)(g·g + g·g₊) to order 3, h‖g‖² to order 2."""
     loss, w = mean(losses()), start()
     g = gradient(loss)(w)
 

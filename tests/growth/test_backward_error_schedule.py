@@ -1,4 +1,4 @@
-"""When the schedule grows, on the toy of §8.7, and what it costs."""
+"""When the schedule grows, on the toy, and what it costs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The teacher-student toy of §8.7: its networks, their growth, and a plain training loop with a schedule."""
+"""The teacher-student toy: its networks, their growth, and a plain training loop with a schedule."""
 
 from __future__ import annotations
 

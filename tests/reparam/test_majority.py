@@ -45,7 +45,7 @@ def stacked(phi: list[nn.Parameter]) -> Tensor:
 def test_kernel_gradients_are_the_mix_times_the_weight_gradient(
     layer: str, scale: float | None, draw: str, granularity: str
 ) -> None:
-    """Grad_i = s v_i G, in closed form as by autograd, per output where the layer has its outputs (§1.3)."""
+    """Grad_i = s v_i G, in closed form as by autograd, per output where the layer has its outputs."""
     build, shape = LAYERS[layer]
     torch.manual_seed(0)
     model = build().double()
@@ -75,7 +75,7 @@ def test_kernel_gradients_are_the_mix_times_the_weight_gradient(
     ids=["plain", "decay", "momentum_decay", "nesterov"],
 )
 def test_sgd_moves_the_mean_kernel_as_it_would_the_plain_weight(options: dict, draw: str, granularity: str) -> None:
-    """M <- M - h (G + lambda M), whatever the mixes, for the gradients G that the mixed network has (§1.3.1)."""
+    """M <- M - h (G + lambda M), whatever the mixes, for the gradients G that the mixed network has."""
     model, shadow = perceptron(), perceptron()
     ours, theirs = (torch.optim.SGD(m.parameters(), lr=0.1, **options) for m in (model, shadow))
     expand_(model, ours, MajorityKernels(4, draw, granularity=granularity))

@@ -49,7 +49,7 @@ def test_mixes_are_exchangeable_on_the_simplex(draw: str, k: int) -> None:
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 7.0])
 @pytest.mark.parametrize("k", [2, 5])
 def test_dirichlet_variance_and_covariance(k: int, alpha: float) -> None:
-    """Var v_i = (k-1) / (k^2 (k alpha + 1)), Cov = (I - 11'/k) / (k (k alpha + 1)) (§1.3.2)."""
+    """Var v_i = (k-1) / (k^2 (k alpha + 1)), Cov = (I - 11'/k) / (k (k alpha + 1))."""
     v = draws(MajorityKernels(k, "dirichlet", alpha=alpha))
     centred = v - 1 / k
     expected = (torch.eye(k) - 1 / k) / (k * (k * alpha + 1))
