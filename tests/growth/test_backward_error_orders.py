@@ -1,4 +1,4 @@
-"""The orders of backward error analysis, by which the growth schedule is reasoned: T1-T5, T9, T11
+"""The orders of backward error analysis, by which the growth schedule is reasoned: T1-T5, T9, T11.
 
 A small tanh network with three batches in float64. Flows are integrated by Runge-Kutta steps much finer than h, the added
 terms come from autograd. An error of order p falls by 2^p where h is halved.

@@ -1,4 +1,4 @@
-"""The symmetry trap: what copies can do that one network cannot. T10"""
+"""The symmetry trap: what copies can do that one network cannot. T10."""
 
 from __future__ import annotations
 
