@@ -290,6 +290,22 @@ def test_inspect_without_data_goes_by_shapes(capsys):
     assert "function: not measured" in captured.out
 
 
+@pytest.mark.parametrize("data", [True, False], ids=["data", "shapes"])
+@pytest.mark.parametrize(("grown", "option"), [("width: 24", "widen: new"), ("depth: 3", "seed: 0")])
+def test_inspect_shows_new_units_and_new_blocks(grown, option, data, capsys):
+    net = "width: 16" if "width" in grown else "net: vit, width: 16, heads: 2, depth: 1"
+    event = f"donors: self, copies: 1, grown: {{{grown}}}, {option}"
+    model = MODEL.replace("SETTINGS", net)
+    Path("grow.yaml").write_text(
+        f"{model if data else model.replace(DATA, '')}\n"
+        f"trainer: {{accelerator: cpu, callbacks: [{{class_path: lightning_sop.DeepFusionGrow, init_args: {{{event}}}}}]}}\n"
+    )
+    assert main(["inspect", "--config", "grow.yaml"]) == 0
+    output = capsys.readouterr().out
+    assert ("average of the donors up to" if data else "not measured") in output
+    assert "16|+8" in output or "depth=3" in output
+
+
 def test_inspect_of_a_step_that_needs_its_trainer_goes_by_shapes(capsys):
     assert main([*growth("self"), f"--model={__name__}.NeedsItsTrainer"]) == 0
     captured = capsys.readouterr()

@@ -51,6 +51,13 @@ def remembered(
     return result
 
 
+def remembered_by(trainer: Trainer, donors: Sequence[Donor]) -> list[list[dict[str, Mapping[str, Any]]]]:
+    """By optimizer, what those of each donor remember."""
+    names = {parameter: plain_name(name) for name, parameter in trainer.lightning_module.named_parameters()}
+    states = [remembered(trainer.optimizers, donor, names) for donor in donors]
+    return [[state[number] for state in states] for number in range(len(trainer.optimizers))]
+
+
 def matched_factors(
     trainer: Trainer,
     fusion: Fusion,
@@ -122,16 +129,21 @@ def gradient_of_step(network: LightningModule, module: LightningModule, batch: A
     return {n: torch.zeros_like(p) if v is None else v for (n, p), v in zip(named.items(), values, strict=True)}
 
 
+def combined(by_event: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The multipliers that growth events ask for together, by parameter name."""
+    factors: dict[str, float] = {}
+    for event in by_event:
+        for name, factor in event.items():
+            factors[name] = factors.get(name, 1.0) * factor
+    return factors
+
+
 def step_rates(
     optimizers: Iterable[Optimizer], module: LightningModule, by_event: Iterable[Mapping[str, float]]
 ) -> list[StepRates]:
     """Let the optimizers step with the rates that the growth events ask for together."""
-    factors: dict[nn.Parameter, float] = {}
-    events = list(by_event)
-    for name, parameter in module.named_parameters():
-        for event in events:
-            if plain_name(name) in event:
-                factors[parameter] = factors.get(parameter, 1.0) * event[plain_name(name)]
+    together = combined(by_event)
+    factors = {p: together[plain_name(n)] for n, p in module.named_parameters() if plain_name(n) in together}
     return [StepRates(optimizer, factors) for optimizer in optimizers] if factors else []
 
 

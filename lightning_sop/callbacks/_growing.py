@@ -162,7 +162,7 @@ def load_donor(path: str, like: LightningModule) -> Donor:
             checkpoint = store.read(path).as_checkpoint()
         else:
             checkpoint = torch.load(io.BytesIO(files.read_bytes(path)), map_location="cpu", weights_only=True)
-        state = {name.replace("_orig_mod.", ""): tensor for name, tensor in checkpoint["state_dict"].items()}
+        state = {plain_name(name): tensor for name, tensor in checkpoint["state_dict"].items()}
         saved = checkpoint.get("hyper_parameters") or {}
     except Exception as error:  # damaged files fail in many ways
         raise FusionError(
@@ -177,6 +177,11 @@ def load_donor(path: str, like: LightningModule) -> Donor:
             f"donor {path} is no {type(like).__name__} of its own hyper-parameters: {' '.join(lines[1:3])}"
         ) from error
     return Donor(path, module, checkpoint.get("optimizer_states", []))
+
+
+def networks_of(loaded: Mapping[str, Donor], here: LightningModule) -> dict[str, LightningModule]:
+    """Every donor's network by name, ``here`` being the run's own."""
+    return {SELF: here} | {name: donor.module for name, donor in loaded.items() if donor.module is not None}
 
 
 def wider(module: LightningModule, grown: Mapping[str, Any], target: str | None) -> LightningModule:

@@ -16,13 +16,12 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_sop.callbacks._plain_copy import plain_copy
 from lightning_sop.callbacks._probe import ProbeRecorder
+from lightning_sop.callbacks._strategies import refuse_sharding
 from lightning_sop.deploy.replay import Call, compare, isolated_random_state, map_tensors
 from lightning_sop.growth import Fusion, FusionError
 from lightning_sop.growth.probe import answer, float_tensors
 from lightning_sop.growth.schedule import Moment
 
-#: Strategies that shard or own the parameters, whose shapes cannot change under them.
-_UNSUPPORTED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy", "XLAStrategy", "SingleDeviceXLAStrategy")
 #: Callbacks that keep copies of the weights, or other tensors in their place, which do not grow with them.
 _KEEPERS = ("SimulatedOverparam", "WeightAveraging", "StochasticWeightAveraging", "ModelPruning")
 
@@ -34,12 +33,7 @@ def refuse_unsupported(trainer: Trainer) -> None:
         MisconfigurationException: the strategy shards parameters or trains copies of the module in processes of its own, or
             a callback keeps tensors of their shapes.
     """
-    unsupported = {base.__name__ for base in type(trainer.strategy).__mro__} & set(_UNSUPPORTED)
-    if unsupported:
-        raise MisconfigurationException(
-            f"DeepFusionGrow does not work with {unsupported.pop()}, which shards or owns the parameters. Use a single "
-            "device or DDP."
-        )
+    refuse_sharding(trainer, "DeepFusionGrow", "Use a single device or DDP.")
     if getattr(trainer.strategy.launcher, "_start_method", None) is not None:
         raise MisconfigurationException(
             "DeepFusionGrow does not work with strategies that start a copy of this process for each device (ddp_spawn, "

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_sop.callbacks._carry_over import matched_factors, remembered
-from lightning_sop.callbacks._growing import SELF, Donor, build, check_rebuilt, load_donor, wider
+from lightning_sop.callbacks._carry_over import matched_factors, remembered_by
+from lightning_sop.callbacks._growing import SELF, Donor, build, check_rebuilt, load_donor, networks_of, wider
 from lightning_sop.callbacks._growing_run import check_adopted, wrap_again
 from lightning_sop.callbacks._growing_shape import become
 from lightning_sop.callbacks._plain_copy import plain_copy
@@ -103,7 +103,7 @@ def prepare(event: DeepFusionGrow, trainer: Trainer, calls: list[Call], batch: A
     here = plain_copy(module)
     dtype = next((p.dtype for p in here.parameters() if p.is_floating_point()), torch.float32)
     dtype = torch.promote_types(dtype, torch.float32)  # what is proven is not rounded
-    networks = {SELF: here} | {name: donor.module for name, donor in event.loaded.items() if donor.module is not None}
+    networks = networks_of(event.loaded, here)
     donors = [networks[name].to(here.device, dtype) for name in event.donors]
     grown = wider(module, event.grown, event.target).to(here.device, dtype)
     fused = copy.deepcopy(grown)  # which is called; what it keeps of that is not taken over
@@ -116,21 +116,18 @@ def prepare(event: DeepFusionGrow, trainer: Trainer, calls: list[Call], batch: A
     become(twin, copy.deepcopy(grown), changes, targets, before)
     check_adopted(twin, fused, calls, event.tolerance)
 
-    names = {parameter: plain_name(name) for name, parameter in module.named_parameters()}
-    mine = {name: parameter for parameter, name in names.items()}
+    mine = {plain_name(name): parameter for name, parameter in module.named_parameters()}
     for name, _ in twin.named_parameters():
         if name not in mine:  # of a new block
             home_of(name, trainer.optimizers, mine)
-    sources = [event.loaded.get(name) or Donor(SELF) for name in dict.fromkeys(event.donors)]
-    states = [remembered(trainer.optimizers, donor, names) for donor in sources]
+    held = remembered_by(trainer, [event.loaded.get(name) or Donor(SELF) for name in dict.fromkeys(event.donors)])
     carry, tensors = event.optimizer_state or grow_optimizer_state, dict(twin.named_parameters())
     carried = [
-        carry(fusion.op, optimizer, [state[number] for state in states], tensors)
-        for number, optimizer in enumerate(trainer.optimizers)
+        carry(fusion.op, optimizer, states, tensors) for optimizer, states in zip(trainer.optimizers, held, strict=True)
     ]
     factors = {}
     if event.learning_rate == "match":
         factors = matched_factors(trainer, fusion, donors, fused, batch, index)
     elif isinstance(event.learning_rate, (int, float)):
-        factors = {name: float(event.learning_rate) for name in names.values()}
+        factors = {name: float(event.learning_rate) for name in mine}
     return Growth(fusion, grown, changes, targets, before, carried, factors)

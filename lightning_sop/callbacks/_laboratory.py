@@ -16,13 +16,13 @@ from rich.errors import LiveError
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from lightning_sop.callbacks._carry_over import remembered
-from lightning_sop.callbacks._growing import SELF, Donor, wider
+from lightning_sop.callbacks._carry_over import combined, remembered_by
+from lightning_sop.callbacks._growing import SELF, Donor, networks_of, wider
 from lightning_sop.callbacks._growing_run import calls_of_step, moment_of, shared, silent
+from lightning_sop.callbacks._growing_shape import growing
 from lightning_sop.callbacks._plain_copy import plain_copy
 from lightning_sop.deploy.replay import isolated_random_state, map_tensors
 from lightning_sop.growth import Evidence, Growth, Laboratory, fuse
-from lightning_sop.growth.optimizers import plain_name
 from lightning_sop.growth.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -104,11 +104,7 @@ class RunLaboratory:
             ) from error
 
     def _laboratory(self, trainer: Trainer, module: LightningModule, bar: _Bar) -> Laboratory:
-        event, factors = self._event, dict[str, float]()
-        for other in (c for c in trainer.callbacks if isinstance(c, type(event))):  # type: ignore[attr-defined]
-            for name, factor in other._factors.items():
-                factors[name] = factors.get(name, 1.0) * factor
-        rate = event.learning_rate
+        rate = self._event.learning_rate
         return Laboratory(
             small=module,
             grow=lambda small: self._grow(trainer, module, small),
@@ -116,7 +112,7 @@ class RunLaboratory:
             batches=list(self._kept),
             optimizers=trainer.optimizers,
             factor=None if rate == "match" else 1.0 if isinstance(rate, str) else float(rate),
-            factors=factors,
+            factors=combined(other._factors for other in growing(trainer)),
             batches_per_step=trainer.accumulate_grad_batches,
             duplicate=_plain,
             mean=None if trainer.world_size == 1 else lambda t: _mean(trainer, t),
@@ -128,7 +124,7 @@ class RunLaboratory:
         event = self._event
         assert isinstance(small, LightningModule)
         calls = shared(trainer, calls_of_step(small, *self._kept[-1]))
-        networks = {SELF: small} | {n: donor.module for n, donor in event.loaded.items() if donor.module is not None}
+        networks = networks_of(event.loaded, small)
         donors = [networks[name].to(small.device) for name in event.donors]
         grown = wider(module, event.grown, event.target)
         dtype = next((p.dtype for p in small.parameters() if p.is_floating_point()), torch.float32)
@@ -141,10 +137,8 @@ class RunLaboratory:
         names = list(dict.fromkeys(event.donors))
         if names == [SELF]:
             return Growth(fusion, grown, probe=calls)
-        live = {parameter: plain_name(name) for name, parameter in module.named_parameters()}
-        states = [remembered(trainer.optimizers, event.loaded.get(name) or Donor(SELF), live) for name in names]
-        by_optimizer = [[state[number] for state in states] for number in range(len(trainer.optimizers))]
-        return Growth(fusion, grown, [networks[name] for name in names], by_optimizer, calls)
+        held = remembered_by(trainer, [event.loaded.get(name) or Donor(SELF) for name in names])
+        return Growth(fusion, grown, [networks[name] for name in names], held, calls)
 
     def _report(self, trainer: Trainer, evidence: Evidence) -> None:
         for logger in trainer.loggers:

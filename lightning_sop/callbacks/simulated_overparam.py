@@ -9,12 +9,12 @@ from typing import Any
 
 import rich
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lightning_sop.callbacks._strategies import refuse_sharding
 from lightning_sop.callbacks.batchnorm import BatchNormReestimation
 from lightning_sop.reparam.base import Method
 from lightning_sop.reparam.engine import Engine
@@ -22,8 +22,6 @@ from lightning_sop.reparam.functional import resolve_rules, resolve_seed
 from lightning_sop.reparam.select import Plan, Rule, make_plan
 from lightning_sop.reparam.table import plan_table
 
-#: Strategies that shard or own the parameters, under which a weight cannot be composed from φ where it lies.
-_UNSUPPORTED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy", "XLAStrategy", "SingleDeviceXLAStrategy")
 #: Callbacks that read the weights during training and have to find the collapsed ones.
 _AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 _WEIGHTS_ONLY = (
@@ -105,12 +103,7 @@ class SimulatedOverparam(Callback):
         """Attach the training forms, as soon as the layers exist and before weights are loaded."""
         if stage != "fit":
             return
-        unsupported = {base.__name__ for base in type(trainer.strategy).__mro__} & set(_UNSUPPORTED)
-        if unsupported:
-            raise MisconfigurationException(
-                f"SimulatedOverparam does not work with {unsupported.pop()}, which shards or owns the parameters. "
-                "Use a single device or DDP, or leave the callback out."
-            )
+        refuse_sharding(trainer, "SimulatedOverparam", "Use a single device or DDP, or leave the callback out.")
         self._precede_averaging(trainer)
         # Layers may be made in the module's own hooks, which run after this one: then follow on the last of them.
         for hook in ("configure_model", "setup"):

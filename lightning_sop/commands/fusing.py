@@ -57,8 +57,7 @@ def fuse(words: Sequence[str]) -> None:
             "probed: fuse in a run, with lightning_sop.DeepFusionGrow and the schedule AtStep(0)"
         )
     try:
-        if options.widen is None:
-            check_shapes(donors, grown)
+        check_shapes(donors, grown, new_units=options.widen is not None)
         fusion = fuse_networks(
             donors,
             grown,

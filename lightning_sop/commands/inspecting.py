@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import nn
 
 from lightning_sop.callbacks import DeepFusionGrow, SimulatedOverparam
-from lightning_sop.callbacks._growing import SELF
+from lightning_sop.callbacks._growing import SELF, networks_of
 from lightning_sop.callbacks._growing_run import calls_of_step, refuse_unsupported
 from lightning_sop.callbacks._growing_step import check_ahead
 from lightning_sop.callbacks._plain_copy import plain_copy
@@ -99,7 +99,7 @@ def show_event(
     """Print the plan of one growth event; returns a network of the shape that it grows to."""
     names = list(dict.fromkeys(event.donors))
     grown = check_ahead(event, here, trainer)
-    networks = {SELF: here} | {name: donor.module for name, donor in event.loaded.items() if donor.module is not None}
+    networks = networks_of(event.loaded, here)
     donors = [networks[name] for name in event.donors]
     layout, function = plan(event, donors, grown, calls)
     before = ", ".join(f"{values(networks[name]):,} ({name})" for name in names)
@@ -127,17 +127,8 @@ def plan(event: DeepFusionGrow, donors: Sequence[nn.Module], grown: nn.Module, c
     if not calls:
         sources = [event.donors.index(name) for name in event.donors]
         weights = event.weights or default_weights(sources)
-        return find_layout(donors, grown, [], weights, chunks=event.chunks), "not measured"
-    fusion = fuse(
-        donors,
-        grown,
-        list(calls),
-        weights=event.weights,
-        off_diagonal=event.off_diagonal,
-        chunks=event.chunks,
-        tolerance=event.tolerance,
-        seed=event.seed,
-    )
+        return find_layout(donors, grown, [], weights, chunks=event.chunks, widen=event.widen), "not measured"
+    fusion = fuse(donors, grown, list(calls), **event.options)
     now = ", with 'self' as it is now" if SELF in event.donors else ""
     return fusion.layout, f"{fusion.proof}{now}"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -68,31 +68,41 @@ def pull(grown: Tensor, axes: Axes, donor: int, like: Tensor, weight: float) -> 
 
 
 def block(
-    axes: Axes, donor: int, grown: Tensor, device: torch.device | str | None = None
+    axes: Axes, donor: int | Mapping[int, int], grown: Tensor, device: torch.device | str | None = None
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
-    """Index of a donor's block in the grown tensor, index of the same values in the donor, and their factors (float64)."""
+    """Index of a donor's block in the grown tensor, index of the same values in the donor, and their factors (float64).
+
+    Args:
+        axes: as for :func:`push`.
+        donor: which donor; or for each growing axis, by number, whose units the block has there.
+        grown: the grown tensor.
+        device: of the result; default the grown tensor's.
+    """
     device = grown.device if device is None else device
     places, units = [], []
     share = torch.ones((), dtype=torch.float64, device=device)
     for number, axis in enumerate(axes):
-        shape = [-1 if number == other else 1 for other in range(len(axes))]
         if axis is None:
             place = unit = torch.arange(grown.shape[number])
         else:
-            place, unit = axis.positions(donor)
-            share = share * axis.share[place].to(device).view(shape)
-        places.append(place.view(shape).to(device))
-        units.append(unit.view(shape).to(device))
+            place, unit = axis.positions(donor if isinstance(donor, int) else donor[number])
+            share = share * along(axis.share[place].to(device), number, len(axes))
+        places.append(along(place, number, len(axes)).to(device))
+        units.append(along(unit, number, len(axes)).to(device))
     return tuple(places), tuple(units), share
+
+
+def along(values: Tensor, axis: int, dimensions: int) -> Tensor:
+    """Values of shape (n,), one for each position along an axis, so that they broadcast over the others."""
+    return values.view([-1 if number == axis else 1 for number in range(dimensions)])
 
 
 def _old_outputs(axes: Axes, grown: Tensor) -> tuple[Tensor, ...]:
     """Index of everything but what belongs to new output units."""
     index = []
     for number, axis in enumerate(axes):
-        shape = [-1 if number == other else 1 for other in range(len(axes))]
         keep = torch.arange(grown.shape[number])
         if axis is not None and not axis.summed:
             keep = (axis.donor >= 0).nonzero().flatten()
-        index.append(keep.view(shape).to(grown.device))
+        index.append(along(keep, number, len(axes)).to(grown.device))
     return tuple(index)

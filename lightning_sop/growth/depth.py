@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from lightning_sop.deploy.replay import Call
 from lightning_sop.growth.errors import FusionError
 from lightning_sop.growth.match import close
-from lightning_sop.growth.probe import answer, float_tensors
+from lightning_sop.growth.probe import float_tensors, record_visits
 from lightning_sop.growth.units import find_units, own_tensors
 
 
@@ -54,16 +53,18 @@ def make_identity_(model: nn.Module, blocks: Sequence[str], calls: Sequence[Call
         FusionError: a block that cannot be the identity, because it normalizes or changes what it passes on.
     """
     for path in blocks:
-        block = model.get_submodule(path)
-        units = [(name, unit) for name, unit in find_units(block, path) if any(True for _ in own_tensors(unit))]
+        units = [
+            (name, unit)
+            for name, unit in find_units(model.get_submodule(path), path)
+            if any(True for _ in own_tensors(unit))
+        ]
         kept = {name: [tensor.clone() for _, tensor in own_tensors(unit)] for name, unit in units}
-        shapes = _output_shapes(model, units, calls)
-        target = _is_identity(model, block, calls)[1]
-        by_path = dict(units)
-        candidates = [(name, by_path[name]) for name, shape in shapes.items() if shape == target]  # as they are run
+        target = _is_identity(model, path, calls)[1]
+        by_path, run = dict(units), record_visits(model, calls, units)[0]  # in the order of their calls
+        candidates = [(name, by_path[name]) for name, visits in run.items() if _shape(visits[-1].output) == target]
         for _, unit in candidates:
             _zero(unit)
-        if not _is_identity(model, block, calls)[0]:
+        if not _is_identity(model, path, calls)[0]:
             for name, unit in candidates:
                 _restore(unit, kept[name])
             raise FusionError(
@@ -72,7 +73,7 @@ def make_identity_(model: nn.Module, blocks: Sequence[str], calls: Sequence[Call
             )
         for name, unit in candidates:
             _restore(unit, kept[name])
-            if not _is_identity(model, block, calls)[0]:
+            if not _is_identity(model, path, calls)[0]:
                 _zero(unit)
 
 
@@ -95,45 +96,15 @@ def _restore(unit: nn.Module, values: Sequence[Tensor]) -> None:
         tensor.copy_(value)
 
 
-def _is_identity(model: nn.Module, block: nn.Module, calls: Sequence[Call]) -> tuple[bool, tuple[int, ...]]:
+def _shape(output: Any) -> tuple[int, ...]:
+    return next((tuple(tensor.shape) for tensor in float_tensors(output)), ())
+
+
+def _is_identity(model: nn.Module, path: str, calls: Sequence[Call]) -> tuple[bool, tuple[int, ...]]:
     """Whether a block returns its first input, at every call; and the shape of its output."""
-    seen: list[tuple[Tensor, Tensor]] = []
-
-    def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        inputs, outputs = float_tensors((args, kwargs)), float_tensors(output)
-        if inputs and outputs:
-            seen.append((inputs[0], outputs[0]))
-
-    with _removed(block.register_forward_hook(after, with_kwargs=True)):
-        answer(model, calls)
-    if not seen:
-        return False, ()
-    same = all(a.shape == b.shape and close(b, a) for a, b in seen)
-    return same, tuple(seen[0][1].shape)
-
-
-def _output_shapes(
-    model: nn.Module, units: Sequence[tuple[str, nn.Module]], calls: Sequence[Call]
-) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    handles = []
-    for name, unit in units:
-
-        def after(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
-            for tensor in float_tensors(output)[:1]:
-                shapes[name] = tuple(tensor.shape)
-
-        handles.append(unit.register_forward_hook(after))
-    with _removed(*handles):
-        answer(model, calls)
-    return shapes
-
-
-@contextmanager
-def _removed(*handles: Any) -> Iterator[None]:
-    """Hooks that are gone afterwards."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    visits = record_visits(model, calls, [(path, model.get_submodule(path))])[0].get(path, [])
+    seen = [
+        (visit.inputs[0], float_tensors(visit.output)[0]) for visit in visits if visit.inputs and float_tensors(visit.output)
+    ]
+    same = bool(seen) and all(a.shape == b.shape and close(b, a) for a, b in seen)
+    return same, tuple(seen[0][1].shape) if seen else ()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_sop.deploy.replay import Call
 from lightning_sop.growth import blocks
+from lightning_sop.growth.check import check_names
 from lightning_sop.growth.depth import make_identity_, new_blocks
 from lightning_sop.growth.errors import FusionError
 from lightning_sop.growth.layout import Layout, TensorMap, find_layout
@@ -165,7 +166,7 @@ def fuse(
     beyond the donors' (``layers.2`` where they have two) start as the identity.
 
     Args:
-        donors: 2 to 8 networks; the same object given twice is copied (self-fusion), one alone is widened by new units.
+        donors: 1 to 8 networks; the same object given twice is copied (self-fusion), one alone is widened by new units.
         into: the grown network, whose values survive only in new units.
         probe: what the networks are called with: a tensor, a tuple of arguments, a mapping of keyword arguments, or a list
             of :class:`~lightning_sop.deploy.replay.Call`.
@@ -184,15 +185,16 @@ def fuse(
     sources, distinct = _sources(donors)
     weights = default_weights(sources) if weights is None else _checked(weights, len(donors))
     calls = as_calls(probe)
+    check_names(donors, into)
     before = {name: tensor.detach().clone() for name, tensor in into.state_dict().items()}
     failure: FusionError | None = None
     for alike in (False, True):
         try:
+            make_identity_(into, new_blocks(into.state_dict(), distinct[0].state_dict()), calls)
             layout = find_layout(donors, into, calls, weights, chunks=chunks, widen=widen, alike=alike)
             if norm == "grouped" and len(distinct) > 1:
                 group_norms_(into, {path: _sizes(layout, path, into) for path in layout.inexact})
                 layout = replace(layout, inexact=())
-            make_identity_(into, new_blocks(into.state_dict(), distinct[0].state_dict()), calls)
             op = GrowthOp(layout, sources)
             write(op, [network.state_dict() for network in distinct], into, off_diagonal, seed)
             proof = prove(donors, into, calls, layout, promised=promised(op, off_diagonal, widen), tolerance=tolerance)
@@ -263,7 +265,7 @@ def _noise(tensor: TensorMap, value: Tensor, generator: torch.Generator) -> Tens
     between = torch.zeros(tensor.shape, dtype=torch.bool)
     for number, axis in enumerate(tensor.axes):
         if axis is not None:
-            here = axis.donor.view([-1 if number == other else 1 for other in range(len(tensor.axes))])
+            here = blocks.along(axis.donor, number, len(tensor.axes))
             between |= (donor != here) & (here >= 0) & (donor >= 0) if donor is not None else False
             donor = here
     size = value[~between.to(value.device)].square().mean().sqrt()

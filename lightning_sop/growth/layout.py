@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from lightning_sop.deploy.replay import Call
 from lightning_sop.growth.axes import AxisMap
 from lightning_sop.growth.blocks import Axes
-from lightning_sop.growth.check import check_names
 from lightning_sop.growth.choices import CHUNKS, Choices, MismatchError, RetryError
-from lightning_sop.growth.depth import make_identity_, new_blocks
+from lightning_sop.growth.depth import new_blocks
 from lightning_sop.growth.errors import FusionError
 from lightning_sop.growth.guided import GuidedPass
 from lightning_sop.growth.probe import Visits, pattern, record_visits
@@ -117,8 +116,9 @@ def find_layout(
     tried out until every input is accounted for.
 
     Args:
-        donors: networks of one architecture, widths may differ; not modified.
-        grown: the same architecture, wider; not modified.
+        donors: networks of one architecture (see :func:`~lightning_sop.growth.check.check_names`), of any widths; not
+            modified.
+        grown: the same architecture, wider, whose new blocks are the identity; not modified.
         calls: what to probe with, for example ``[Call("", (images,), {})]``.
         weights: λ of the averaged outputs.
         chunks: by pattern of a layer's path: equal parts of its outputs, where the search is to be spared or overruled.
@@ -128,9 +128,8 @@ def find_layout(
             values decide what the grown model does (experts chosen by a router).
 
     Raises:
-        FusionError: other architecture, missing tensors, widths that do not add up, or a layer that cannot be explained.
+        FusionError: other architecture, widths that do not add up, or a layer that cannot be explained.
     """
-    check_names(donors, grown)
     generator = torch.Generator().manual_seed(0)
     subjects = [_scrambled(donors[0], generator)] * len(donors) if alike else [_scrambled(d, generator) for d in donors]
     recorded = [record_visits(subject, calls) for subject in subjects]
@@ -144,7 +143,6 @@ def find_layout(
         asked |= dict.fromkeys(found, number)
     subject = copy.deepcopy(grown)
     blocks = new_blocks(grown.state_dict(), tensors[0])
-    make_identity_(subject, blocks, calls)
     search = _Search(subject, tensors, recorded, weights, calls, widen, blocks)
     last = search.solve(Choices(chunks=asked))
     return Layout(_tensor_maps(last, grown, donors), tuple(weights), last.outputs, tuple(last.inexact), tuple(last.averaged))

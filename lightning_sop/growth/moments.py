@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_sop.growth import blocks
 from lightning_sop.growth.axes import AxisMap
-from lightning_sop.growth.blocks import average
 from lightning_sop.growth.fuse import GrowthOp
 from lightning_sop.growth.layout import TensorMap
 
@@ -197,7 +197,7 @@ def grow_moment(op: GrowthOp, tensor: TensorMap, states: Sequence[Tensor], power
     """
     donors = [states[source] for source in op.sources]
     if not tensor.grows:
-        return average(donors, op.layout.weights).clone()
+        return blocks.average(donors, op.layout.weights).clone()
     grown = donors[0].new_zeros(tensor.shape)
     if power != 1:
         grown += torch.stack([state.float().mean() for state in donors]).mean().to(grown.dtype)
@@ -215,30 +215,23 @@ def _fill(
     outputs = [number for number in choice if not tensor.axes[number].summed]  # type: ignore[union-attr]
     leading = choice[outputs[0]] if outputs else choice[next(iter(choice))]
     foreign = any(op.sources[donor] != op.sources[leading] for donor in choice.values())
-    source = donors[leading]
-    places, units = [], []
+    if foreign and power == 1:
+        return
+    places, units, _ = blocks.block(tensor.axes, choice, grown)
     factor = torch.ones((), dtype=torch.float64)
-    for number, axis in enumerate(tensor.axes):
-        shape = [-1 if number == other else 1 for other in range(len(tensor.axes))]
-        if axis is None:
-            place = unit = torch.arange(tensor.shape[number])
-        else:
-            place, unit = axis.positions(choice[number])
-            if not axis.summed:
-                factor = factor * (_mass(op, axis, choice[number]) / axis.share[place]).view(shape)
-        places.append(place.view(shape).to(grown.device))
-        units.append(unit.view(shape).to(grown.device))
-    if foreign:
-        if power == 1:
-            return
+    for number in outputs:
+        axis = tensor.axes[number]
+        assert axis is not None
+        mass = _mass(op, axis, choice[number]) / axis.share[axis.positions(choice[number])[0]]
+        factor = factor * blocks.along(mass, number, len(tensor.axes))
+    source = donors[leading]
+    if foreign:  # whatever the unit's inputs are, they are none that the donor has
         inputs = [number for number, axis in enumerate(tensor.axes) if axis is not None and axis.summed]
-        values = source.mean(dim=inputs, keepdim=True)
-        index = [u if number not in inputs else torch.zeros_like(u) for number, u in enumerate(units)]
-        index = [torch.zeros_like(p) if n in inputs else u for n, (p, u) in enumerate(zip(places, index, strict=True))]
-        block = values[tuple(index)]
+        means = source.mean(dim=inputs, keepdim=True)
+        values = means[tuple(torch.zeros_like(u) if number in inputs else u for number, u in enumerate(units))]
     else:
-        block = source[tuple(units)]
-    grown[tuple(places)] = (block.double() * factor.to(grown.device) ** power).to(grown.dtype)
+        values = source[units]
+    grown[places] = (values.double() * factor.to(grown.device) ** power).to(grown.dtype)
 
 
 def _mass(op: GrowthOp, axis: AxisMap, donor: int) -> Tensor:

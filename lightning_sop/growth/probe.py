@@ -37,8 +37,16 @@ def pattern(path: str) -> str:
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", path)
 
 
-def record_visits(model: nn.Module, calls: Sequence[Call]) -> tuple[Visits, list[Tensor]]:
-    """Every call of every unit while the model answers ``calls``, and the floating-point tensors that it answers."""
+def record_visits(
+    model: nn.Module, calls: Sequence[Call], parts: Iterable[tuple[str, nn.Module]] | None = None
+) -> tuple[Visits, list[Tensor]]:
+    """Every call of every unit while the model answers ``calls``, and the floating-point tensors that it answers.
+
+    Args:
+        model: any module.
+        calls: what to call it with.
+        parts: what to record instead of all units, by path.
+    """
     visits: Visits = defaultdict(list)
     pending: dict[str, list[Tensor]] = {}
 
@@ -49,7 +57,7 @@ def record_visits(model: nn.Module, calls: Sequence[Call]) -> tuple[Visits, list
         visits[path].append(Visit(pending.pop(path), map_tensors(lambda t: t.detach().clone(), output)))
         return output
 
-    with watched(find_units(model), enter, leave):
+    with watched(find_units(model) if parts is None else parts, enter, leave):
         answers = float_tensors(answer(model, calls))
     return visits, answers
 
