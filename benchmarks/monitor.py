@@ -10,14 +10,11 @@ worth reading.
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
-import shlex
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -26,12 +23,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from measures.report import environment, spread
+from measures.report import environment, progress, publish, spread
 from measures.subjects import WORKLOADS
-from measures.timing import THREADS
-from rich.console import Console
-from rich.markdown import Markdown
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from measures.timing import THREADS, one_by_one
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -232,31 +226,12 @@ def main(args: Sequence[str] | None = None) -> int:
     args = sys.argv[1:] if args is None else list(args)
     options = _parse(args)
     tasks = [TimingTask(options.model, process, options.rounds) for process in range(max(options.processes, 1))]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        timing = list(progress.track(_timed(tasks, options), len(tasks), description="step time"))
-    results = {
-        "command": shlex.join(["python", "benchmarks/monitor.py", *args]),
-        "settings": {name: value for name, value in vars(options).items() if name != "output"},
-        "environment": environment("cpu", options.threads if options.processes else torch.get_num_threads()),
-        "timing": timing,
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{options.output}.json").write_text(json.dumps(results, indent=1) + "\n")
-    page = render(results)
-    Path(f"{options.output}.md").write_text(page)
-    Console().print(Markdown(page))
+    with progress() as bars:
+        rows = one_by_one(measure, tasks, options.threads if options.processes else None)
+        timing = list(bars.track(rows, len(tasks), description="step time"))
+    facts = environment("cpu", options.threads if options.processes else torch.get_num_threads())
+    publish("benchmarks/monitor.py", args, options, {"environment": facts, "timing": timing}, render)
     return 0
-
-
-def _timed(tasks: Sequence[TimingTask], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The tasks one after the other, each in a process of its own unless this is a trial."""
-    if not options.processes:
-        yield from map(measure, tasks)
-        return
-    spawn = multiprocessing.get_context("spawn")
-    with spawn.Pool(1, torch.set_num_threads, (options.threads,), maxtasksperchild=1) as pool:
-        yield from pool.imap(measure, tasks)
 
 
 def _parse(args: Sequence[str]) -> argparse.Namespace:

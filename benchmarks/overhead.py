@@ -7,24 +7,19 @@ have nothing else to do; --quick tries the script out in a minute and measures n
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
-import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from measures.deployed import measure_deployed
 from measures.memory import measure_memory
-from measures.report import environment, render
+from measures.report import environment, progress, publish, render
 from measures.subjects import WORKLOADS
-from measures.timing import THREADS, TimingTask, measure_timing
+from measures.timing import THREADS, TimingTask, measure_timing, one_by_one
 from measures.traffic import measure_traffic
-from rich.console import Console
-from rich.markdown import Markdown
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
 MECHANISM = 1
 """The number of kernels that changes nothing but to go through the step cycle."""
@@ -41,23 +36,14 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     args = sys.argv[1:] if args is None else list(args)
     options = _parse(args)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        results = {
-            "command": shlex.join(["python", "benchmarks/overhead.py", *args]),
-            "settings": {name: value for name, value in vars(options).items() if name != "output"},
-            "environment": environment(options.device, THREADS if options.processes else torch.get_num_threads()),
-            **_measure(options, progress),
-        }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{options.output}.json").write_text(json.dumps(results, indent=1) + "\n")
-    page = render(results)
-    Path(f"{options.output}.md").write_text(page)
-    Console().print(Markdown(page))
+    with progress() as bars:
+        facts = environment(options.device, THREADS if options.processes else torch.get_num_threads())
+        measured = _measure(options, bars)
+    publish("benchmarks/overhead.py", args, options, {"environment": facts, **measured}, render)
     return 0
 
 
-def _measure(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
+def _measure(options: argparse.Namespace, bars: Progress) -> dict[str, Any]:
     factors = tuple(dict.fromkeys((MECHANISM, *options.factors)))
     models = list(options.models)
     tasks = [
@@ -65,27 +51,17 @@ def _measure(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
         for process in range(max(options.processes, 1))
         for model in models
     ]
-    timing = progress.track(_timed(tasks, bool(options.processes)), len(tasks), description="step time")
-    rows = [row for process in timing for row in process]
+    timing = one_by_one(measure_timing, tasks, THREADS if options.processes else None)
+    rows = [row for process in bars.track(timing, len(tasks), description="step time") for row in process]
     memory, deployed = [], []
-    for model in progress.track(models, description="memory"):
+    for model in bars.track(models, description="memory"):
         memory += measure_memory(model, factors, options.device)
-    for model in progress.track(models, description="collapsed network"):
+    for model in bars.track(models, description="collapsed network"):
         deployed += measure_deployed(model, factors, options.device)
     traffic = []
-    for model in progress.track(models, description="DDP traffic"):
+    for model in bars.track(models, description="DDP traffic"):
         traffic += measure_traffic([model], factors)
     return {"timing": rows, "memory": memory, "deployed": deployed, "traffic": traffic}
-
-
-def _timed(tasks: Sequence[TimingTask], separate: bool) -> Iterator[list[dict[str, Any]]]:
-    """The tasks one after the other, each in a process of its own unless this is a trial."""
-    if not separate:
-        yield from map(measure_timing, tasks)
-        return
-    spawn = multiprocessing.get_context("spawn")
-    with spawn.Pool(1, torch.set_num_threads, (THREADS,), maxtasksperchild=1) as pool:
-        yield from pool.imap(measure_timing, tasks)
 
 
 def _parse(args: Sequence[str]) -> argparse.Namespace:

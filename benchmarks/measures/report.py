@@ -1,15 +1,21 @@
-"""The measured numbers as tables in Markdown, with the bounds that they are held to."""
+"""What was measured, written down: as numbers in JSON, and as tables in Markdown with the bounds that they are held to."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import platform
-from collections.abc import Iterable, Sequence
+import shlex
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from measures.subjects import WORKLOADS
 from measures.timing import STEPS_PER_ROUND
@@ -19,6 +25,40 @@ Rows = Sequence[dict[str, Any]]
 STEP_BOUNDS = {("mlp", 4): 1.45, ("resnet", 4): 1.03, ("transformer", 4): 1.03}
 """Largest median of step time over plain, by network and number of kernels."""
 MEGABYTE = 1e6
+
+
+def progress() -> Progress:
+    """Bars for what is being measured, apart from the page."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True))
+
+
+def publish(
+    script: str,
+    args: Sequence[str],
+    options: argparse.Namespace,
+    measured: dict[str, Any],
+    render: Callable[[dict[str, Any]], str],
+) -> None:
+    """Write OUTPUT.json and OUTPUT.md, and print the page.
+
+    Args:
+        script: from the root of the repository.
+        args: the words after its name.
+        options: what they stand for; ``output`` is the path of both files, without suffix.
+        measured: the environment and the numbers.
+        render: makes the page of everything that is in the file of numbers.
+    """
+    results = {
+        "command": shlex.join(["python", script, *args]),
+        "settings": {name: value for name, value in vars(options).items() if name != "output"},
+        **measured,
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{options.output}.json").write_text(json.dumps(results, indent=1) + "\n")
+    page = render(results)
+    Path(f"{options.output}.md").write_text(page)
+    Console().print(Markdown(page))
 
 
 def environment(device: str, threads: int) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,6 +16,9 @@ from measures.subjects import FORMS, WORKLOADS, Subject
 WARM_UP = 3
 STEPS_PER_ROUND = 3
 THREADS = 2
+
+Task = TypeVar("Task")
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,22 @@ class TimingTask:
     process: int
     rounds: int | None
     device: str
+
+
+def one_by_one(measure: Callable[[Task], Row], tasks: Sequence[Task], threads: int | None) -> Iterator[Row]:
+    """The tasks one after the other, each in a process of its own unless this is a trial.
+
+    Args:
+        measure: does a task; a function that those processes can import.
+        tasks: of the benchmark.
+        threads: of each process; None for a trial within this one.
+    """
+    if threads is None:
+        yield from map(measure, tasks)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(1, torch.set_num_threads, (threads,), maxtasksperchild=1) as pool:
+        yield from pool.imap(measure, tasks)
 
 
 def measure_timing(task: TimingTask) -> list[dict[str, Any]]:

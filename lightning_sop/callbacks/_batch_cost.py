@@ -17,7 +17,7 @@ from lightning_sop.callbacks._probe import _callable_parts
 from lightning_sop.callbacks._strategies import refuse_sharding
 from lightning_sop.callbacks._training_step import loss_of
 from lightning_sop.callbacks.outermost import OutermostCalls
-from lightning_sop.deploy.replay import Call, isolated_random_state, map_tensors, tensors_in
+from lightning_sop.deploy.replay import Call, first_floating, isolated_random_state, map_tensors, tensors_in
 from lightning_sop.dynamics.cost import COUNTING, Clock, Phase
 from lightning_sop.dynamics.flops import estimated_flops, flops_of
 
@@ -108,7 +108,7 @@ class BatchCost:
             try:
                 subject = plain_copy(network)
                 if network is not module:
-                    like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+                    like = first_floating(module)
                     subject = subject.to(like.device, like.dtype)
                 with silent(), isolated_random_state(), torch.enable_grad(), trainer.precision_plugin.train_step_context():
                     inputs = map_tensors(torch.Tensor.clone, batch)

@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 
 from lightning_sop.callbacks._growing import SELF, Donor
 from lightning_sop.callbacks._growing_run import silent
-from lightning_sop.callbacks._training_step import loss_of
-from lightning_sop.deploy.replay import isolated_random_state, map_tensors
+from lightning_sop.callbacks._step_loss import loss_of_step
+from lightning_sop.deploy.replay import isolated_random_state
 from lightning_sop.growth import Fusion
 from lightning_sop.growth.backward_error import split
 from lightning_sop.growth.optimizers import plain_name
@@ -123,15 +123,14 @@ def gradient_of_step(network: LightningModule, module: LightningModule, batch: A
     """
     named = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
     training = {plain_name(path): part.training for path, part in module.named_modules()}
-    dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
     network.eval()
     for path, part in network.named_modules():
         if isinstance(part, _BatchNorm):
             part.train(training.get(path, True))
     try:
         with silent(), isolated_random_state(), torch.enable_grad():
-            inputs = map_tensors(lambda t: t.to(dtype, copy=True) if t.is_floating_point() else t.clone(), batch)
-            values = torch.autograd.grad(loss_of(network, inputs, index), list(named.values()), allow_unused=True)
+            loss = loss_of_step(network, batch, index)
+            values = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     except Exception:  # the user's step, outside of its Trainer: anything may happen
         return None
     return {n: torch.zeros_like(p) if v is None else v for (n, p), v in zip(named.items(), values, strict=True)}

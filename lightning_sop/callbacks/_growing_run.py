@@ -8,15 +8,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import rich
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
+from lightning_sop.callbacks._growing_shape import growing
 from lightning_sop.callbacks._plain_copy import plain_copy
 from lightning_sop.callbacks._probe import ProbeRecorder
 from lightning_sop.callbacks._strategies import refuse_sharding
+from lightning_sop.callbacks._terminal import show
 from lightning_sop.callbacks._training_step import call_step
 from lightning_sop.deploy.replay import Call, compare, isolated_random_state, map_tensors
 from lightning_sop.growth import Fusion, FusionError
@@ -32,7 +33,7 @@ def refuse_unsupported(trainer: Trainer) -> None:
 
     Raises:
         MisconfigurationException: the strategy shards parameters or trains copies of the module in processes of its own, or
-            a callback keeps tensors of their shapes.
+            a callback keeps tensors of their shapes, or the run's growth events do not go together.
     """
     refuse_sharding(trainer, "DeepFusionGrow", "Use a single device or DDP.")
     if getattr(trainer.strategy.launcher, "_start_method", None) is not None:
@@ -46,6 +47,8 @@ def refuse_unsupported(trainer: Trainer) -> None:
                 f"DeepFusionGrow does not work together with {type(callback).__name__}, which keeps tensors of the weights' "
                 "shapes. Grow in one run, and use it in the next, which starts from the grown checkpoint."
             )
+    if len({event.target is None for event in growing(trainer)}) > 1:
+        raise MisconfigurationException("DeepFusionGrow: events of one run grow with target= either all or none")
 
 
 def moment_of(trainer: Trainer, metrics: Mapping[str, float]) -> Moment:
@@ -111,8 +114,8 @@ def wrap_again(trainer: Trainer, module: LightningModule) -> None:
         trainer.strategy.configure_ddp()
 
 
-def report(trainer: Trainer, fusion: Fusion, donors: Sequence[str]) -> None:
-    """Log what was fused, and print it for the donors that are named."""
+def report(trainer: Trainer, fusion: Fusion, donors: Sequence[str], verbose: bool | None) -> None:
+    """Log what was fused, and print it."""
     before = sum(math.prod(tensor.donor_shapes[0]) for tensor in fusion.layout.tensors.values())
     after = sum(math.prod(tensor.shape) for tensor in fusion.layout.tensors.values())
     metrics = {"growth/gap": fusion.proof.gap, "growth/parameters": float(after)}
@@ -120,11 +123,12 @@ def report(trainer: Trainer, fusion: Fusion, donors: Sequence[str]) -> None:
         logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
     chosen = sum(text.startswith("gradmax") for text in fusion.layout.widened.values())
     units = f"; gradmax chose new units in {chosen} of {len(fusion.layout.widened)} layers" * bool(fusion.layout.widened)
-    if donors and trainer.is_global_zero:
-        rich.print(
-            f"[bold]DeepFusionGrow[/bold] at step {trainer.global_step}: {len(donors)} donors ({', '.join(donors)}), "
-            f"{before:,} -> {after:,} values; {fusion.proof}{units}"
-        )
+    show(
+        trainer,
+        verbose,
+        f"[bold]DeepFusionGrow[/bold] at step {trainer.global_step}: {len(donors)} donors ({', '.join(donors)}), "
+        f"{before:,} -> {after:,} values; {fusion.proof}{units}",
+    )
 
 
 @contextmanager

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -16,7 +17,7 @@ from lightning_sop.callbacks._growing_run import check_adopted, wrap_again
 from lightning_sop.callbacks._growing_shape import become, growing
 from lightning_sop.callbacks._plain_copy import plain_copy
 from lightning_sop.callbacks._step_loss import choice_options, frozen_as
-from lightning_sop.deploy.replay import Call
+from lightning_sop.deploy.replay import Call, first_floating
 from lightning_sop.growth import Fusion, FusionError, fuse
 from lightning_sop.growth.check import check_shapes
 from lightning_sop.growth.moments import grow_optimizer_state
@@ -26,6 +27,35 @@ from lightning_sop.growth.warm_up import WarmUp
 
 if TYPE_CHECKING:
     from lightning_sop.callbacks.deep_fusion_grow import DeepFusionGrow
+
+
+Grow = Callable[["DeepFusionGrow", Trainer, LightningModule, list[Call], Any, int], None]
+
+
+class Observer(Protocol):
+    """Looks at the growths of a run; must not raise."""
+
+    def before_growth(self, event: DeepFusionGrow, trainer: Trainer, batch: Any, index: int) -> None:
+        """The donors are there, and everything is as it was."""
+
+    def after_growth(self, event: DeepFusionGrow, trainer: Trainer, batch: Any, index: int) -> None:
+        """The network has grown."""
+
+
+def observed(grow: Grow) -> Grow:
+    """Let an event's observers look before and after."""
+
+    @functools.wraps(grow)
+    def observe(
+        event: DeepFusionGrow, trainer: Trainer, module: LightningModule, calls: list[Call], batch: Any, index: int
+    ) -> None:
+        for observer in event.observers:
+            observer.before_growth(event, trainer, batch, index)
+        grow(event, trainer, module, calls, batch, index)
+        for observer in event.observers:
+            observer.after_growth(event, trainer, batch, index)
+
+    return observe
 
 
 def check_ahead(event: DeepFusionGrow, network: LightningModule, trainer: Trainer) -> LightningModule:
@@ -107,8 +137,7 @@ def prepare(event: DeepFusionGrow, trainer: Trainer, calls: list[Call], batch: A
     """
     module = trainer.lightning_module
     here = plain_copy(module)
-    dtype = next((p.dtype for p in here.parameters() if p.is_floating_point()), torch.float32)
-    dtype = torch.promote_types(dtype, torch.float32)  # what is proven is not rounded
+    dtype = torch.promote_types(first_floating(here).dtype, torch.float32)  # what is proven is not rounded
     networks = networks_of(event.loaded, here)
     donors = [networks[name].to(here.device, dtype) for name in event.donors]
     grown = wider(module, event.grown, event.target).to(here.device, dtype)

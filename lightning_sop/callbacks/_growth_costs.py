@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from lightning_sop.callbacks._growing import SELF, Donor
 from lightning_sop.callbacks._growing_shape import growing
+from lightning_sop.callbacks._growing_step import Grow
 from lightning_sop.callbacks.training_cost import TrainingCost
 from lightning_sop.deploy.replay import Call
 from lightning_sop.dynamics.cost import CHECKS, GROWTH, Phase
@@ -23,15 +23,14 @@ from lightning_sop.growth import Evidence, Schedule
 if TYPE_CHECKING:
     from lightning_sop.callbacks.deep_fusion_grow import DeepFusionGrow
 
-Grow = Callable[["DeepFusionGrow", Trainer, LightningModule, list[Call], Any, int], None]
-
 
 def bring_costs(trainer: Trainer) -> None:
     """See to it that the costs of a run that grows are counted: once, whoever wants that."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     if costs_of(trainer) is None:
         place = next((n for n, callback in enumerate(callbacks) if isinstance(callback, Checkpoint)), len(callbacks))
-        callbacks.insert(place, TrainingCost(verbose=any(event.verbose for event in growing(trainer))))
+        asked = [event.verbose for event in growing(trainer)]
+        callbacks.insert(place, TrainingCost(verbose=True in asked or (None if None in asked else False)))
 
 
 def costs_of(trainer: Trainer) -> TrainingCost | None:

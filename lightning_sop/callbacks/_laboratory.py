@@ -1,40 +1,40 @@
-"""What a Lightning run offers to a schedule that tries growth out: its last batches, copies of its module and optimizers."""
+"""What a Lightning run offers to a schedule that tries growth out: batches, and copies of its module and optimizers."""
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-import rich
 import torch
+from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from rich.errors import LiveError
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from lightning_sop.callbacks._carry_over import combined, remembered_by
+from lightning_sop.callbacks._fresh_batches import UnreadableAgainError, fresh_batches
 from lightning_sop.callbacks._growing import SELF, Donor, networks_of, wider
 from lightning_sop.callbacks._growing_run import calls_of_step, moment_of, shared, silent
 from lightning_sop.callbacks._growing_shape import growing
 from lightning_sop.callbacks._plain_copy import plain_copy
 from lightning_sop.callbacks._step_loss import check_loss, choice_options
+from lightning_sop.callbacks._terminal import LateBar, show
 from lightning_sop.callbacks._training_step import loss_of
-from lightning_sop.deploy.replay import isolated_random_state, map_tensors
+from lightning_sop.deploy.replay import first_floating, isolated_random_state, map_tensors
 from lightning_sop.growth import Evidence, Growth, Laboratory, fuse
+from lightning_sop.growth.evidence import held_out
 from lightning_sop.growth.schedule import Schedule
 
 if TYPE_CHECKING:
     from lightning_sop.callbacks.deep_fusion_grow import DeepFusionGrow
 
-_LONG = 2.0  # seconds after which progress is shown
+_Step = tuple[Any, int]  # a batch and its index
 
 
 class RunLaboratory:
-    """Keeps the batches that a growth event's schedule wants, and lets it look at the run between two steps.
+    """Gives a growth event's schedule the batches that it wants, and lets it look at the run between two steps.
 
     Args:
         event: its options, schedule and donors.
@@ -42,8 +42,9 @@ class RunLaboratory:
 
     def __init__(self, event: DeepFusionGrow) -> None:
         self._event = event
-        self._kept: deque[tuple[Any, int]] = deque()
-        self._wanted = 0
+        self._kept: deque[_Step] = deque()
+        self._keeping = False
+        self._cannot_draw = False
         self._tested = False
 
     def before_step(self, trainer: Trainer, module: LightningModule, batch: Any, index: int) -> Evidence | None:
@@ -52,7 +53,7 @@ class RunLaboratory:
         Args:
             trainer: of the run.
             module: in training.
-            batch: the next one, which is not kept.
+            batch: the next one.
             index: of the batch.
 
         Returns:
@@ -63,36 +64,54 @@ class RunLaboratory:
                 Trainer, for a schedule that needs that.
         """
         schedule, moment = self._event.schedule, moment_of(trainer, {})
-        self._wanted = schedule.wants(moment)
+        wanted = schedule.wants(moment)
         if not self._tested:
             self._tested = True
             if self._event.widen == "gradmax":
                 check_loss(trainer, module, batch, index)
             if type(schedule).consider is not Schedule.consider:  # it may want to
                 self._test(trainer, module, batch, index)
-        if not self._wanted:
+        with LateBar(trainer, "Growth tried out") as bar:
+            found = self._batches(trainer, wanted, bar) if wanted else None
+            self._keeping = bool(wanted) and found is None
+            if found is None:
+                return None
             self._kept.clear()
-            return None
-        while len(self._kept) > self._wanted:
-            self._kept.popleft()
-        bar = _Bar(trainer)
-        try:
-            evidence = schedule.consider(self._laboratory(trainer, module, bar), moment)
-        finally:
-            bar.stop()
+            evidence = schedule.consider(self._laboratory(trainer, module, (batch, index), found, bar), moment)
         if evidence is not None:
             self._report(trainer, evidence)
         return evidence
 
     def after_batch(self, batch: Any, index: int) -> None:
-        """Keep a batch that was trained on, if it is wanted."""
-        if self._wanted:
+        """Keep a batch that was trained on, where no others can be had."""
+        if self._keeping:
             self._kept.append((batch, index))
+
+    def _batches(self, trainer: Trainer, wanted: int, bar: LateBar) -> tuple[list[_Step], list[_Step]] | None:
+        """So many batches and those that rollouts are judged by, or None as long as there are not enough."""
+        if not self._cannot_draw:
+            bar.show("reading batches", 0, None)
+            drawn, reason = None, "another process cannot read its data"
+            try:
+                drawn = fresh_batches(trainer, wanted, held_out(wanted))
+            except UnreadableAgainError as error:
+                reason = str(error)
+            if trainer.strategy.reduce_boolean_decision(drawn is not None, all=True):
+                assert drawn is not None
+                steps = [(batch, number) for number, batch in enumerate([*drawn[0], *drawn[1]])]
+                return steps[:wanted], steps[wanted:]
+            self._cannot_draw = True
+            rank_zero_warn(
+                f"{type(self._event.schedule).__name__} gets the last {wanted} batches that the run was trained on, for "
+                f"others cannot be drawn: {reason}. A step lowers the gradient on its own batch, so growth/T comes out too "
+                "large; growth/gain, from training copies, decides."
+            )
+        return (list(self._kept), []) if len(self._kept) >= wanted else None
 
     def close(self) -> None:
         """Let go of the batches."""
         self._kept.clear()
-        self._wanted = 0
+        self._keeping = False
 
     def _test(self, trainer: Trainer, module: LightningModule, batch: Any, index: int) -> None:
         copied = plain_copy(module)
@@ -107,13 +126,16 @@ class RunLaboratory:
                 "AtFraction."
             ) from error
 
-    def _laboratory(self, trainer: Trainer, module: LightningModule, bar: _Bar) -> Laboratory:
+    def _laboratory(
+        self, trainer: Trainer, module: LightningModule, coming: _Step, found: tuple[list[_Step], list[_Step]], bar: LateBar
+    ) -> Laboratory:
         rate = self._event.learning_rate
         return Laboratory(
             small=module,
-            grow=lambda small: self._grow(trainer, module, small),
+            grow=lambda small: self._grow(trainer, module, small, coming),
             loss=lambda network, batch: _loss(trainer, network, batch),
-            batches=list(self._kept),
+            batches=found[0],
+            held_out=found[1],
             optimizers=trainer.optimizers,
             factor=None if rate == "match" else 1.0 if isinstance(rate, str) else float(rate),
             factors=combined(other._factors for other in growing(trainer)),
@@ -125,19 +147,18 @@ class RunLaboratory:
             progress=bar.show,
         )
 
-    def _grow(self, trainer: Trainer, module: LightningModule, small: nn.Module) -> Growth:
+    def _grow(self, trainer: Trainer, module: LightningModule, small: nn.Module, coming: _Step) -> Growth:
         event = self._event
         assert isinstance(small, LightningModule)
-        calls = shared(trainer, calls_of_step(small, *self._kept[-1]))
+        calls = shared(trainer, calls_of_step(small, *coming))
         networks = networks_of(event.loaded, small)
         donors = [networks[name].to(small.device) for name in event.donors]
         grown = wider(module, event.grown, event.target)
-        dtype = next((p.dtype for p in small.parameters() if p.is_floating_point()), torch.float32)
-        grown = grown.to(small.device, dtype)
+        grown = grown.to(small.device, first_floating(small).dtype)
         frozen = {name for name, parameter in small.named_parameters() if not parameter.requires_grad}
         for name, parameter in grown.named_parameters():
             parameter.requires_grad_(name not in frozen)
-        choice = choice_options(event, trainer, small, *self._kept[-1])
+        choice = choice_options(event, trainer, small, *coming)
         fusion = fuse(donors, grown, calls, **event.options, **choice)
         names = list(dict.fromkeys(event.donors))
         if names == [SELF]:
@@ -148,11 +169,13 @@ class RunLaboratory:
     def _report(self, trainer: Trainer, evidence: Evidence) -> None:
         for logger in trainer.loggers:
             logger.log_metrics(evidence.metrics(), step=trainer.fit_loop.epoch_loop._batches_that_stepped)
-        if self._event.verbose and evidence.steps and trainer.is_global_zero:
-            rich.print(
+        if evidence.steps:
+            show(
+                trainer,
+                self._event.verbose,
                 f"[bold]{type(self._event.schedule).__name__}[/bold] at step {trainer.global_step}: in {evidence.steps} "
                 f"steps on copies the grown network lowers the loss {evidence.gain:.3g} times as much per FLOP; "
-                f"{'it grows' if evidence.grow else 'it does not grow yet'}"
+                f"{'it grows' if evidence.grow else 'it does not grow yet'}",
             )
 
 
@@ -180,33 +203,3 @@ def _clip(trainer: Trainer, parameters: Sequence[nn.Parameter]) -> None:
         nn.utils.clip_grad_value_(parameters, limit)
     else:
         nn.utils.clip_grad_norm_(parameters, limit)
-
-
-class _Bar:
-    """Progress of a check that takes long, on a terminal and on the first rank only."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._quiet = not (trainer.is_global_zero and rich.get_console().is_terminal)
-        self._start = time.monotonic()
-        self._progress: Progress | None = None
-        self._tasks: dict[str, Any] = {}
-
-    def show(self, what: str, done: int, total: int) -> None:
-        """So much of this is done."""
-        if self._quiet or time.monotonic() - self._start < _LONG:
-            return
-        if self._progress is None:
-            self._progress = Progress(transient=True)
-            try:
-                self._progress.start()
-            except LiveError:  # the Trainer's own bar is one already
-                self._progress, self._quiet = None, True
-                return
-        if what not in self._tasks:
-            self._tasks[what] = self._progress.add_task(f"Growth tried out: {what}", total=total)
-        self._progress.update(self._tasks[what], completed=done)
-
-    def stop(self) -> None:
-        """Leave nothing on the terminal."""
-        if self._progress is not None:
-            self._progress.stop()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 
 from lightning_sop.callbacks._growing import networks_of
 from lightning_sop.callbacks._growing_shape import growing
@@ -34,56 +33,48 @@ class Seams:
 
     def __init__(self, trainer: Trainer, wanted: set[str], losses: Losses, guarded: Guarded, told: Told) -> None:
         self._wanted, self._losses, self._guarded, self._told = wanted, losses, guarded, told
-        self._events = [event for event in growing(trainer) if "_grow" not in vars(event)]
+        self._found: dict[str, float] = {}  # of the growth under way
+        self._events = growing(trainer)
         for event in self._events:
-            vars(event)["_grow"] = functools.partial(self._around, event, event._grow)
+            event.observers.append(self)
 
     def close(self) -> None:
         """The events are as they were."""
         for event in self._events:
-            vars(event).pop("_grow", None)
+            event.observers.remove(self)
         self._events = []
 
-    def _around(
-        self,
-        event: DeepFusionGrow,
-        grow: Callable[..., None],
-        trainer: Trainer,
-        module: LightningModule,
-        calls: Any,
-        batch: Any,
-        index: int,
-    ) -> None:
-        found: dict[str, float] = {}
-        networks = networks_of(event.loaded, module)
-        donors = {name: networks[name] for name in dict.fromkeys(event.donors)}
-        self._guarded(lambda: self._before(found, trainer, donors, batch, index))
-        grow(trainer, module, calls, batch, index)
-        self._guarded(lambda: self._after(found, trainer, batch, index))
-        self._guarded(lambda: self._told(trainer, found))
+    def before_growth(self, event: DeepFusionGrow, trainer: Trainer, batch: Any, index: int) -> None:
+        """Measure the donors."""
+        self._found = {}
+        self._guarded(lambda: self._before(event, trainer, batch, index))
 
-    def _before(
-        self, found: dict[str, float], trainer: Trainer, donors: Mapping[str, LightningModule], batch: Any, index: int
-    ) -> None:
-        self._remembered(found, trainer, "_before_growth")
+    def after_growth(self, event: DeepFusionGrow, trainer: Trainer, batch: Any, index: int) -> None:
+        """Measure what has become of them, and tell."""
+        self._guarded(lambda: self._after(trainer, batch, index))
+        self._guarded(lambda: self._told(trainer, self._found))
+
+    def _before(self, event: DeepFusionGrow, trainer: Trainer, batch: Any, index: int) -> None:
+        self._remembered(trainer, "_before_growth")
         if "growth/donor_loss" in self._wanted:
+            networks = networks_of(event.loaded, trainer.lightning_module)
+            donors = {name: networks[name] for name in dict.fromkeys(event.donors)}
             losses = self._losses.of(trainer, donors, batch, index)
             names = _short(list(losses))
-            found |= {f"growth/donor_loss/{names[name]}": value for name, value in losses.items()}
+            self._found |= {f"growth/donor_loss/{names[name]}": value for name, value in losses.items()}
             if losses:
-                found["growth/donor_loss"] = sum(losses.values()) / len(losses)
+                self._found["growth/donor_loss"] = sum(losses.values()) / len(losses)
 
-    def _after(self, found: dict[str, float], trainer: Trainer, batch: Any, index: int) -> None:
-        self._remembered(found, trainer, "_after_growth")
+    def _after(self, trainer: Trainer, batch: Any, index: int) -> None:
+        self._remembered(trainer, "_after_growth")
         if "growth/fused_loss" in self._wanted:
-            fused = self._losses.of(trainer, {"growth/fused_loss": trainer.lightning_module}, batch, index)
-            found |= fused
+            self._found |= self._losses.of(trainer, {"growth/fused_loss": trainer.lightning_module}, batch, index)
         if "growth/event" in self._wanted:
-            found["growth/event"] = float(sum(event.grown_at is not None for event in growing(trainer)))
+            self._found["growth/event"] = float(sum(event.grown_at is not None for event in growing(trainer)))
 
-    def _remembered(self, found: dict[str, float], trainer: Trainer, suffix: str) -> None:
+    def _remembered(self, trainer: Trainer, suffix: str) -> None:
         if f"optimizer/{{entry}}{suffix}" in self._wanted and trainer.is_global_zero:
-            found |= state_totals(trainer.optimizers, suffix)
+            self._found |= state_totals(trainer.optimizers, suffix)
 
 
 def _short(paths: list[str]) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 from lightning_sop.callbacks._growing_run import silent
 from lightning_sop.callbacks._monitor_layers import engines_of
 from lightning_sop.callbacks._plain_copy import plain_copy
-from lightning_sop.deploy.replay import isolated_random_state, map_tensors
+from lightning_sop.callbacks._training_step import loss_if_any
+from lightning_sop.deploy.replay import first_floating, isolated_random_state, map_tensors
 from lightning_sop.dynamics.losses import loss_gap
 from lightning_sop.growth.optimizers import plain_name
 from lightning_sop.growth.rollout import quiet_
@@ -63,7 +63,7 @@ class Losses:
             batch: of the run.
             index: of the batch.
         """
-        like = next((p for p in trainer.lightning_module.parameters() if p.is_floating_point()), torch.empty(0))
+        like = first_floating(trainer.lightning_module)
 
         def evaluate() -> Sequence[Tensor]:
             subjects = (subject_of(network).to(like.device, like.dtype) for network in networks.values())
@@ -102,13 +102,8 @@ class Losses:
 
 
 def subject_of(module: LightningModule) -> LightningModule:
-    """A copy for evaluation: plain layers, no dropout, norms over the batch; unwatched."""
+    """A copy for evaluation: plain layers, no dropout, norms over the batch."""
     copied = plain_copy(module)
-    for part in copied.modules():
-        for hooks in (part._forward_hooks, part._forward_pre_hooks):
-            for key, hook in list(hooks.items()):
-                if str(getattr(hook, "__module__", "")).partition(".")[0] == "wandb":  # of wandb.watch
-                    del hooks[key]
     quiet_(copied)
     return copied
 
@@ -116,13 +111,7 @@ def subject_of(module: LightningModule) -> LightningModule:
 def _loss(trainer: Trainer, batch: Any, index: int, network: nn.Module) -> Tensor:
     """The loss of a training step, computed as in the run; every call draws the same random numbers, if any."""
     assert isinstance(network, LightningModule)
-    arguments = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), map_tensors(torch.Tensor.clone, batch), index)
     context: AbstractContextManager[Any] = trainer.precision_plugin.train_step_context() or nullcontext()
     with silent(), isolated_random_state(), context:
-        result = network.training_step(*arguments.values())
-    loss = result["loss"] if isinstance(result, Mapping) else result
-    if loss is None:  # a step that is left out
-        return torch.full((), torch.nan, device=network.device)
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"training_step returns {type(loss).__name__}, not a loss")
-    return loss.detach().reshape(())
+        loss = loss_if_any(network, map_tensors(torch.Tensor.clone, batch), index)
+    return torch.full((), torch.nan, device=network.device) if loss is None else loss.detach().reshape(())

@@ -48,11 +48,12 @@ def plain_copy(module: pl.LightningModule) -> pl.LightningModule:
 
 
 def _unwatch(twin: nn.Module) -> None:
-    """W&B's ``watch()`` logs in forward hooks: what a copy does is not the run's."""
+    """W&B's ``watch()`` logs in hooks of the forward: what a copy does is not the run's."""
     for part in twin.modules():
-        for number, hook in list(part._forward_hooks.items()):
-            if str(getattr(hook, "__module__", "")).partition(".")[0] == "wandb":
-                del part._forward_hooks[number]
+        for hooks in (part._forward_hooks, part._forward_pre_hooks):
+            for number, hook in list(hooks.items()):
+                if str(getattr(hook, "__module__", "")).partition(".")[0] == "wandb":
+                    del hooks[number]
 
 
 def load_as_lightning_does(module: nn.Module, content: DeployContent) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_sop.callbacks._growing_run import silent
 from lightning_sop.callbacks._plain_copy import plain_copy
 from lightning_sop.callbacks._training_step import loss_of
-from lightning_sop.deploy.replay import isolated_random_state, map_tensors
+from lightning_sop.deploy.replay import first_floating, isolated_random_state, map_tensors
 from lightning_sop.growth import FusionError
 from lightning_sop.growth.optimizers import plain_name
 
@@ -76,7 +76,7 @@ def loss_of_step(network: nn.Module, batch: Any, index: int) -> Tensor:
         TypeError: the step returns none.
     """
     assert isinstance(network, LightningModule)
-    dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+    dtype = first_floating(network).dtype
     inputs = map_tensors(lambda t: t.to(dtype, copy=True) if t.is_floating_point() else t.clone(), batch)
     with silent():
         return loss_of(network, inputs, index)

@@ -23,8 +23,20 @@ def loss_of(module: LightningModule, batch: Any, index: int) -> Tensor:
     Raises:
         TypeError: it gives none.
     """
+    loss = loss_if_any(module, batch, index)
+    if loss is None:
+        raise TypeError("training_step returns NoneType, not a loss")
+    return loss
+
+
+def loss_if_any(module: LightningModule, batch: Any, index: int) -> Tensor | None:
+    """The loss of a training step; None for a step that Lightning would leave out.
+
+    Raises:
+        TypeError: it gives something else.
+    """
     result = call_step(module, batch, index)
     loss = result["loss"] if isinstance(result, Mapping) else result
-    if not isinstance(loss, Tensor):
+    if not isinstance(loss, Tensor | None):
         raise TypeError(f"training_step returns {type(loss).__name__}, not a loss")
     return loss

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -88,7 +88,12 @@ class BatchNormReestimation:
         self._collecting.update(dict.fromkeys(collecting))
         self._fresh, self._unseen = True, False
 
-    def run(self, root: nn.Module, context: AbstractContextManager[Any] | None = None) -> None:
+    def run(
+        self,
+        root: nn.Module,
+        context: AbstractContextManager[Any] | None = None,
+        progress: Callable[[str, int, int], None] = lambda *_: None,
+    ) -> None:
         """Estimate the statistics anew with the collapsed weights in place, unless nothing was trained since the last time.
 
         All but these statistics is left as it was: other buffers (``num_batches_tracked``, too), momenta, train flags and
@@ -97,6 +102,7 @@ class BatchNormReestimation:
         Args:
             root: the module that was attached to.
             context: what a training forward runs in, such as autocast.
+            progress: told what is being done, how much of it is, and how much there is.
         """
         if self._unseen:
             self._unseen = False
@@ -111,7 +117,9 @@ class BatchNormReestimation:
         norms = [norm for norm in self._collecting if norm.track_running_stats]  # not those frozen since
         try:
             with torch.no_grad(), isolated_random_state(), _uncompiled(), context or nullcontext(), _collect_in(root, norms):
-                for call in (call for step in self._steps for call in step):
+                calls = [call for step in self._steps for call in step]
+                for done, call in enumerate(calls):
+                    progress("batches", done, len(calls))
                     args, kwargs = map_tensors(torch.clone, (call.args, call.kwargs))
                     root.get_submodule(call.module)(*args, **kwargs)
         finally:

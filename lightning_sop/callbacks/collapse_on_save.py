@@ -12,7 +12,9 @@ from lightning.pytorch.callbacks import Callback
 
 from lightning_sop.callbacks import _deploy_links as links
 from lightning_sop.callbacks._deploy_job import Export, WriteJob, proven_content
+from lightning_sop.callbacks._deploy_table import deploy_table
 from lightning_sop.callbacks._probe import ProbeRecorder
+from lightning_sop.callbacks._terminal import show
 from lightning_sop.callbacks._wandb_artifacts import job_of, upload_remaining
 from lightning_sop.callbacks._wandb_runs import wandb_loggers
 from lightning_sop.deploy import files
@@ -52,6 +54,7 @@ class CollapseOnSave(Callback):
         log_artifact: With a WandbLogger, log deploy files as artifacts of W&B, with their receipts as metadata: True those
             that are there when the run ends, ``"all"`` each as soon as it is written. As the logger's own ``log_model``
             does with training checkpoints, and independent of it.
+        verbose: Print a table of the deploy files when training ends; default on a terminal or in a notebook.
 
     Raises:
         ValueError: An option is unknown, or does not fit the Trainer (at the start of ``fit``).
@@ -66,6 +69,7 @@ class CollapseOnSave(Callback):
         tolerance: float | None = None,
         on_mismatch: OnMismatch = "raise",
         log_artifact: bool | Literal["all"] = False,
+        verbose: bool | None = None,
     ) -> None:
         deploy_path("", format)  # raises if the format is unknown
         export_dtype(dtype)
@@ -78,12 +82,12 @@ class CollapseOnSave(Callback):
             raise ValueError(f"tolerance={tolerance} must be a number of at least 0, or None.")
         self.format, self.dtype, self.only = format, dtype, only
         self.keep_training_file, self.tolerance, self.on_mismatch = keep_training_file, tolerance, on_mismatch
-        self.log_artifact = log_artifact
+        self.log_artifact, self.verbose = log_artifact, verbose
         self._trainer: pl.Trainer | None = None
         self._probe = ProbeRecorder()
         self._own_names = OwnNames()
         self._foreign_keys: frozenset[str] = frozenset()
-        self._written: set[str] = set()
+        self._written: dict[str, dict[str, Any]] = {}  # receipts by training file
         self._links: set[str] = set()
         self._unsynced = False
 
@@ -93,7 +97,7 @@ class CollapseOnSave(Callback):
         if stage == "fit":
             self._check(trainer)
         if trainer is not self._trainer:
-            self._trainer, self._written, self._links = trainer, set(), set()  # files of another run are not ours to remove
+            self._trainer, self._written, self._links = trainer, {}, set()  # files of another run are not ours to remove
         install(trainer.strategy, self)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -120,6 +124,13 @@ class CollapseOnSave(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.sync()
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.sync()
+        chosen = [path for path in self._written if self._chosen(trainer, path)]
+        kept = {deploy_path(path, self.format): self._written[path] for path in chosen}
+        if kept:
+            show(trainer, self.verbose, deploy_table(kept))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._probe.close()
@@ -153,14 +164,14 @@ class CollapseOnSave(Callback):
                 raise
             warnings.warn(str(error), stacklevel=2)  # only one process writes
             return None
-        self._written.add(path)
+        self._written[path] = content.receipt
         self._unsynced = True
         return job_of(WriteJob(path, content, options, self.keep_training_file), self._trainer, self.log_artifact)
 
     def remove(self, path: str) -> None:
         """The Trainer has removed a checkpoint."""
         files.remove(deploy_path(path, self.format))
-        self._written.discard(path)
+        self._written.pop(path, None)
         self._links.discard(deploy_path(path, self.format))
         self._unsynced = True
 
@@ -175,8 +186,8 @@ class CollapseOnSave(Callback):
             link = links.last_link(callback)
             if link is not None:
                 pairs[deploy_path(link[0], self.format)] = deploy_path(link[1], self.format)
-        for path in self._written if self.only != "all" else ():
-            if not (links.is_best if self.only == "best" else links.is_last)(trainer, path):
+        for path in self._written:
+            if not self._chosen(trainer, path):
                 files.remove(deploy_path(path, self.format))
         for name in self._links - pairs.keys():
             if os.path.islink(name) and not os.path.exists(name):
@@ -187,6 +198,10 @@ class CollapseOnSave(Callback):
                 self._unsynced = True  # another thread may not have written it yet
 
     # ------------------------------------------------------------------ inside
+
+    def _chosen(self, trainer: pl.Trainer, path: str) -> bool:
+        """Whether a checkpoint is one of those that are deployed."""
+        return self.only == "all" or (links.is_best if self.only == "best" else links.is_last)(trainer, path)
 
     def _check(self, trainer: pl.Trainer) -> None:
         """Refuse what cannot work in this Trainer."""

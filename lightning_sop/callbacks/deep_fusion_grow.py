@@ -6,7 +6,6 @@ import copy
 import weakref
 from typing import Any, Literal
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -16,11 +15,12 @@ from lightning_sop.callbacks._growing import SELF, Donor
 from lightning_sop.callbacks._growing_options import check_options
 from lightning_sop.callbacks._growing_run import calls_of_step, metrics_of, moment_of, refuse_unsupported, report, shared
 from lightning_sop.callbacks._growing_shape import growing, take_shape
-from lightning_sop.callbacks._growing_step import check_ahead, prepare
+from lightning_sop.callbacks._growing_step import Observer, check_ahead, observed, prepare
 from lightning_sop.callbacks._growth_costs import bring_costs, check, counted
 from lightning_sop.callbacks._laboratory import RunLaboratory
 from lightning_sop.callbacks._plain_copy import plain_copy
 from lightning_sop.callbacks._probe import ProbeRecorder
+from lightning_sop.callbacks._terminal import LateBar
 from lightning_sop.deploy.replay import Call
 from lightning_sop.growth import Fusion, FusionError
 from lightning_sop.growth.moments import MapState
@@ -68,7 +68,7 @@ class DeepFusionGrow(Callback):
         tolerance: largest gap to the average, relative to the largest output, where theory says that there is none.
         seed: of the noise and of gradmax.
         name: tells two callbacks with the same ``grown`` apart in checkpoints.
-        verbose: print what was fused when it happens.
+        verbose: print what was fused when it happens; default on a terminal or in a notebook.
 
     Raises:
         FusionError: at the start of fit, for donors that are missing, unreadable, of another architecture or of widths
@@ -95,7 +95,7 @@ class DeepFusionGrow(Callback):
         tolerance: float = 1e-5,
         seed: int = 0,
         name: str | None = None,
-        verbose: bool = True,
+        verbose: bool | None = None,
     ) -> None:
         if isinstance(donors, str) and donors != SELF:
             donors = [donors]
@@ -119,6 +119,7 @@ class DeepFusionGrow(Callback):
         self.laboratory = RunLaboratory(self)
         self.fusion: Fusion | None = None
         self.grown_at: int | None = None
+        self.observers: list[Observer] = []
         self.successors: dict[nn.Parameter, nn.Parameter] = {}  # of a network that took its shape from loaded weights
         self.added: set[str] = set()  # names of parameters that it got then
         self._factors: dict[str, float] = {}
@@ -138,7 +139,7 @@ class DeepFusionGrow(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickled ones begin a run of their own.
-        empty: dict[str, Any] = {"_rates": [], "loaded": {}, "_beginnings": [], "successors": {}}
+        empty: dict[str, Any] = {"_rates": [], "loaded": {}, "_beginnings": [], "observers": [], "successors": {}}
         return {**self.__dict__, **empty, **dict.fromkeys(("_recorder", "_reshape", "_network"))}
 
     @property
@@ -163,8 +164,6 @@ class DeepFusionGrow(Callback):
         if stage != "fit":
             return
         refuse_unsupported(trainer)
-        if len({event.target is None for event in growing(trainer)}) > 1:
-            raise MisconfigurationException("DeepFusionGrow: events of one run grow with target= either all or none")
         if self._network is not None and self._network() is not pl_module:  # another network, which has not grown
             self.grown_at, self.fusion, self._factors, self._warming = None, None, {}, None
             self.schedule.load_state_dict(copy.deepcopy(self._unused))
@@ -180,8 +179,9 @@ class DeepFusionGrow(Callback):
             self._beginnings = [Beginning.of(config.scheduler) for config in trainer.lr_scheduler_configs]
         if self.grown_at is None and self._next_in_line(trainer):
             network = plain_copy(pl_module)
-            for event in growing(trainer)[growing(trainer).index(self) :]:
-                network = check_ahead(event, network, trainer)
+            with LateBar(trainer, "Growth: donors are read and compared", at_once=True):
+                for event in growing(trainer)[growing(trainer).index(self) :]:
+                    network = check_ahead(event, network, trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The learning rates of a network that has grown before this run was resumed."""
@@ -260,16 +260,18 @@ class DeepFusionGrow(Callback):
 
     # ------------------------------------------------------------------ growth
 
+    @observed
     @counted
     def _grow(self, trainer: Trainer, pl_module: LightningModule, calls: list[Call], batch: Any, index: int) -> None:
-        growth = prepare(self, trainer, calls, batch, index)  # on copies: all that may fail
+        with LateBar(trainer, "Growth: fusing", at_once=True):
+            growth = prepare(self, trainer, calls, batch, index)  # on copies: all that may fail
         growth.happen(trainer)
         for beginning in self._beginnings:
             beginning.restore()
         self.fusion, self.grown_at, self._factors, self.loaded = growth.fusion, trainer.global_step, growth.factors, {}
         self._warming = growth.warm_up
         growing(trainer)[0]._set_rates(trainer, pl_module)
-        report(trainer, growth.fusion, self.donors if self.verbose else [])
+        report(trainer, growth.fusion, self.donors, self.verbose)
 
     def _set_rates(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for rates in self._rates:

@@ -7,7 +7,6 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import rich
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -15,6 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_sop.callbacks._strategies import refuse_sharding
+from lightning_sop.callbacks._terminal import LateBar, show
 from lightning_sop.callbacks._wandb_runs import describe_run
 from lightning_sop.callbacks.batchnorm import BatchNormReestimation
 from lightning_sop.reparam.base import Method
@@ -51,7 +51,7 @@ class SimulatedOverparam(Callback):
             not used up. No global random state is touched.
         reestimate_batchnorm: number of recent training batches with which BatchNorm statistics are estimated anew for the
             collapsed weights, before each validation and save; 0 keeps the statistics that training collected under mixes.
-        verbose: print the table of what is converted when training starts.
+        verbose: print the table of what is converted when training starts; default on a terminal or in a notebook.
         name: tells two callbacks of this class apart in checkpoints; only needed where their selections look the same.
 
     Raises:
@@ -70,7 +70,7 @@ class SimulatedOverparam(Callback):
         layers: list[str] | None = None,
         seed: int | None = None,
         reestimate_batchnorm: int = 0,
-        verbose: bool = True,
+        verbose: bool | None = None,
         name: str | None = None,
     ) -> None:
         self.rules = resolve_rules(method, include, exclude, layers, rules)
@@ -154,8 +154,7 @@ class SimulatedOverparam(Callback):
         """Build the larger tensors around the weights as they are now, and show the table."""
         engine = self._running()
         engine.start(trainer.optimizers)
-        if self.verbose and trainer.is_global_zero:
-            rich.print(plan_table(engine.plan, brief=True))
+        show(trainer, self.verbose, plan_table(engine.plan, brief=True))
         describe_run(trainer, self)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -198,7 +197,8 @@ class SimulatedOverparam(Callback):
         self._reestimate(trainer, pl_module)
 
     def _reestimate(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.batchnorm.run(pl_module, trainer.precision_plugin.forward_context())
+        with LateBar(trainer, "BatchNorm statistics of the collapsed weights") as bar:
+            self.batchnorm.run(pl_module, trainer.precision_plugin.forward_context(), bar.show)
 
     def _running(self) -> Engine:
         if self.engine is None:

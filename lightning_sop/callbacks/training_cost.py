@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-import rich
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
@@ -16,6 +15,7 @@ from torch import Tensor
 from lightning_sop.callbacks._batch_cost import BatchCost, elements, shapes_of
 from lightning_sop.callbacks._cost_table import conclusion, summary
 from lightning_sop.callbacks._growing_shape import growing
+from lightning_sop.callbacks._terminal import show
 from lightning_sop.callbacks._wandb_runs import describe_run
 from lightning_sop.dynamics.cost import GROWTH, VALIDATION, Clock, Ledger, Phase, stage_name
 
@@ -39,14 +39,14 @@ class TrainingCost(Callback):
     this callback along, if it is not there.
 
     Args:
-        verbose: print a table at the end of fit.
+        verbose: print a table at the end of fit; default on a terminal or in a notebook.
 
     Attributes:
         ledger: everything that was counted.
         batch_cost: FLOPs of a batch.
     """
 
-    def __init__(self, verbose: bool = True) -> None:
+    def __init__(self, verbose: bool | None = None) -> None:
         self.verbose = verbose
         self._network: weakref.ref[LightningModule] | None = None
         self._begin()
@@ -149,10 +149,7 @@ class TrainingCost(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what it came to."""
-        if self.verbose and trainer.is_global_zero:
-            rich.print(summary(self.ledger))
-            if self.ledger.stage:
-                rich.print(conclusion(self.ledger))
+        show(trainer, self.verbose, summary(self.ledger), *[conclusion(self.ledger)] * (self.ledger.stage > 0))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave nothing behind; no teardown follows."""

@@ -84,7 +84,7 @@ def replay(module: nn.Module, call: Call) -> list[Tensor]:
     dtype.
     """
     module.eval()
-    like = next((parameter for parameter in module.parameters() if parameter.is_floating_point()), torch.empty(0))
+    like = first_floating(module)
     with torch.no_grad(), isolated_random_state(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a module without a Trainer warns when its forward logs
         args, kwargs = map_tensors(lambda tensor: _fresh(tensor, like), (call.args, call.kwargs))
@@ -116,6 +116,11 @@ def compare_weights(reference: Mapping[str, Tensor], state: State) -> Difference
     """Largest relative difference between reference weights and the state_dict's entries of these names."""
     names = [name for name in reference if isinstance(state.get(name), Tensor)]
     return compare([reference[name] for name in names], [state[name] for name in names], names)
+
+
+def first_floating(module: nn.Module) -> Tensor:
+    """The first floating-point parameter, for device and dtype of what goes in; an empty tensor where there is none."""
+    return next((parameter for parameter in module.parameters() if parameter.is_floating_point()), torch.empty(0))
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

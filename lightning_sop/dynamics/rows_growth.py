@@ -28,7 +28,13 @@ _EVENTS = (
         per="donor",
         total="mean",
     ),
-    _row("DynamicsMonitor", "growth/fused_loss", "loss", "Loss of the grown network on the same batch, likewise.", _FUSION),
+    _row(
+        "DynamicsMonitor",
+        "growth/fused_loss",
+        "loss",
+        "Loss of the grown network on the batch of the growth, without dropout and with norms over the batch.",
+        _FUSION,
+    ),
     _row(
         _GROWS,
         "growth/gap",
@@ -45,10 +51,16 @@ _SCORES = (
     _row(_CHECKS, "growth/T", "loss/step", "First-order gain of the next steps by growing, its cost included.", _PAY),
     _row(_CHECKS, "growth/se", "loss/step", "Jackknife standard error of T.", _PAY),
     _row(_CHECKS, "growth/U_s", "loss/step/rate", "Unbiased ‖E g‖² of the small network, in the optimizer's metric.", _PAY),
-    _row(_CHECKS, "growth/U_b", "loss/step/rate", "The same of the grown network.", _PAY),
-    _row(_CHECKS, "growth/U_perp", "loss/step/rate", "The same of the directions that growth adds.", _PAY),
+    _row(_CHECKS, "growth/U_b", "loss/step/rate", "Unbiased ‖E g‖² of the grown network, in the optimizer's metric.", _PAY),
+    _row(
+        _CHECKS,
+        "growth/U_perp",
+        "loss/step/rate",
+        "Unbiased ‖E g‖² of the directions that growth adds, in the optimizer's metric.",
+        _PAY,
+    ),
     _row(_CHECKS, "growth/B_s", "loss/step/rate", "Mean ‖g‖² of a batch, small network, in the optimizer's metric.", _PAY),
-    _row(_CHECKS, "growth/B_b", "loss/step/rate", "The same of the grown network.", _PAY),
+    _row(_CHECKS, "growth/B_b", "loss/step/rate", "Mean ‖g‖² of a batch, grown network, in the optimizer's metric.", _PAY),
     _row(_CHECKS, "growth/trap", "1", "1 - R²: part of the grown network's move that the small ones cannot make.", _TRAP),
     _row(_CHECKS, "growth/gain", "1", "Decrease of the loss per FLOP on copies, grown over small.", _PAY),
     _row(_CHECKS, "growth/small_decrease", "loss", "Decrease of the loss of the small network on copies.", _PAY),
@@ -62,7 +74,7 @@ _SCORES = (
     _row(_CHECKS, "growth/batches", "batches", "Batches that the gradients of a check were of.", _PAY),
     _row(_CHECKS, "growth/steps", "steps", "Steps on copies; 0 where none were taken.", _PAY),
     _row(_CHECKS, "growth/small_flops", "FLOPs", "Forward and backward of one batch, small network.", _PAY),
-    _row(_CHECKS, "growth/grown_flops", "FLOPs", "The same of the grown network.", _PAY),
+    _row(_CHECKS, "growth/grown_flops", "FLOPs", "Forward and backward of one batch, grown network.", _PAY),
     _row(_CHECKS, "growth/flops", "FLOPs", "What the check has taken.", _PAY),
     _row(_CHECKS, "growth/duplication", "1", "1 if the growth is copies and nothing else.", _TRAP),
     _row(_CHECKS, "growth/grow", "1", "The decision: 1 to grow, 0 to go on.", _PAY),
@@ -90,7 +102,12 @@ _SPENT = (
         "FLOPs",
         "What all batches would have cost in the network that is there now, less what was spent.",
     ),
-    _row(_COUNTS, "growth/flops_saved_with_donors", "FLOPs", "The same with the donors' training counted as spent."),
+    _row(
+        _COUNTS,
+        "growth/flops_saved_with_donors",
+        "FLOPs",
+        "What all batches would have cost in the network that is there now, less what was spent, donors' training included.",
+    ),
 )
 
 GROWTH = (*_EVENTS, *_SCORES, *_SPENT)

@@ -173,7 +173,7 @@ UPDATES = (
         "updates/ratio",
         "1",
         "scalar",
-        "That norm over the norm of the collapsed weight.",
+        "Norm of what one optimizer step has added to the collapsed weight, over the norm of that weight.",
         total="mean",
         **_norms("step", _ratio),
     ),
@@ -220,9 +220,19 @@ _BATCH = "without dropout and with norms over the batch, on a copy"
 LOSS = (
     Quantity("loss/mixed", "loss", "scalar", f"Loss of the step's first batch under its mix, {_BATCH}.", slow=True),
     Quantity(
-        "loss/collapsed", "loss", "scalar", f"Loss of the same batch under the collapsed weights, {_BATCH}.", slow=True
+        "loss/collapsed",
+        "loss",
+        "scalar",
+        f"Loss of the step's first batch under the collapsed weights, {_BATCH}.",
+        slow=True,
     ),
-    Quantity("loss/gap", "loss", "scalar", "Mixed loss less collapsed loss, the same batch.", slow=True),
+    Quantity(
+        "loss/gap",
+        "loss",
+        "scalar",
+        "Loss of the step's first batch under its mix, less that under the collapsed weights.",
+        slow=True,
+    ),
 )
 
 GRADIENTS = (
@@ -246,7 +256,8 @@ GRADIENTS = (
         "gradients/igr_amplified",
         "loss",
         "scalar",
-        "The same with every term that belongs to kernels multiplied by their predicted amplification A.",
+        "Implicit gradient regularization ¼ Σ A h‖g‖², with each tensor's learning rate h and, where it has kernels, their "
+        "predicted amplification A; of the run: over all parameters.",
         _AMPLIFIED,
         per="layer",
     ),
@@ -266,13 +277,13 @@ OPTIMIZER = (
         "optimizer/{entry}_before_growth",
         "entry",
         "scalar",
-        "The same over all parameters, just before the network grows.",
+        "Euclidean norm of an entry of the optimizer's state over all parameters, just before the network grows.",
     ),
     Quantity(
         "optimizer/{entry}_after_growth",
         "entry",
         "scalar",
-        "The same over all parameters, just after it.",
+        "Euclidean norm of an entry of the optimizer's state over all parameters, just after the network has grown.",
     ),
 )
 

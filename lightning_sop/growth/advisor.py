@@ -19,7 +19,7 @@ from lightning_sop.deploy.replay import isolated_random_state, map_tensors, tens
 from lightning_sop.dynamics.flops import estimated_flops, flop_counter
 from lightning_sop.growth.backward_error import igr_rate, speed_rate, split
 from lightning_sop.growth.backward_error import mean_over_pairs as mean_over_pairs
-from lightning_sop.growth.evidence import Evidence, Laboratory
+from lightning_sop.growth.evidence import Evidence, Laboratory, held_out
 from lightning_sop.growth.fuse import as_calls
 from lightning_sop.growth.metric import Sizes, mean_of, mean_rate, products, products_of_sources, step_sizes, trap_within
 from lightning_sop.growth.optimizers import plain_name
@@ -206,7 +206,7 @@ class Trial:
             network's decrease is from the small one's loss.
         """
         lab, held = self.laboratory, self._held_out
-        batches = lab.batches[: -len(held)] or lab.batches
+        batches = lab.batches if lab.held_out else lab.batches[: -len(held)] or lab.batches
         before, after = self._losses(self.small, held), []
         changed = {name: lab.factors.get(name, 1.0) * f for name, f in self.multipliers.items()}
         warm_up = WarmUp.after(self.growth.fusion.op, lab.warm_up, self._boosts) if lab.warm_up else None
@@ -223,7 +223,7 @@ class Trial:
     @property
     def _held_out(self) -> Sequence[Any]:
         batches = self.laboratory.batches
-        return batches[-max(1, min(8, len(batches) // 4)) :]
+        return self.laboratory.held_out or batches[-held_out(len(batches)) :]
 
     def _losses(self, network: nn.Module, batches: Sequence[Any]) -> Tensor:
         losses = []

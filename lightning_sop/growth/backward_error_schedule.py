@@ -53,7 +53,7 @@ class _Plan:
 class BackwardErrorSchedule(Schedule):
     """Grow when the next FLOPs lower the loss more in the grown network than in the small one, as measured on copies.
 
-    At a check the growth is made on copies, and both networks' gradients on the last training batches are compared. To first
+    At a check the growth is made on copies, and both networks' gradients on random training batches are compared. To first
     order a step lowers the loss by h‖g_s‖² in the small network, and by h_⊥‖g_⊥‖² more in the grown one, which costs phi
     times more: growth seems to pay where T = h_⊥U_⊥ - phi h U_s is ``z`` standard errors above zero, U being unbiased
     estimates of these squared norms. After ``patience`` such checks in a row both copies are trained for ``rollout`` steps
@@ -63,8 +63,11 @@ class BackwardErrorSchedule(Schedule):
 
     Checks never take more than ``cost`` of the run's FLOPs. Where this allows few, they are spread over the run, with
     fewer batches and shorter rollouts if need be (down to 8 batches and a quarter of the steps); a run too short for one
-    decision is left alone, with a warning. Batches are taken from the run: after resuming, a check that is due waits until
-    enough have come by.
+    decision is left alone, with a warning.
+
+    The batches must not be those that the run was just trained on: a step lowers the gradient on its own batch, so their
+    U_s is too small and T too large. A run draws them from a second pass over its training data; where it cannot (iterable
+    data), it keeps its last ones, with a warning, and the rollout alone can be trusted.
 
     Args:
         every: least number of optimizer steps between checks.
@@ -127,12 +130,10 @@ class BackwardErrorSchedule(Schedule):
             )
         if self._grow or self._next is None:
             return 0
-        return self.batches if moment.step >= self._next - self.batches else 0
+        return self.batches if moment.step >= self._next else 0
 
     def consider(self, laboratory: Laboratory, moment: Moment) -> Evidence | None:
-        wanted = self.wants(moment)
-        waiting = self._next is None or moment.step < self._next or len(laboratory.batches) < self.batches
-        if not wanted or waiting or self._too_late(moment, laboratory.batches_per_step):
+        if not self.wants(moment) or self._too_late(moment, laboratory.batches_per_step):
             return None
         assert moment.total is not None  # wants() has asked for it
         if self._plan is None and self.cost * moment.total * laboratory.batches_per_step < _LEAST:

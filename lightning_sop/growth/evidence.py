@@ -103,6 +103,11 @@ class Growth:
     probe: Any = None
 
 
+def held_out(batches: int) -> int:
+    """How many batches a rollout is judged by, where a check has so many."""
+    return max(1, min(8, batches // 4))
+
+
 @dataclass(frozen=True)
 class Laboratory:
     """What a run offers for trying a growth out.
@@ -111,7 +116,7 @@ class Laboratory:
         small: the live network; not modified.
         grow: makes a :class:`Growth` out of a copy of it.
         loss: of ``(network, batch)``, a scalar with a graph.
-        batches: training batches, the last of them is the latest.
+        batches: training batches; unless these were drawn independently of the network as it is, T has a bias.
         optimizers: the live ones, holding the live network's parameters; not modified.
         factor: what multiplies the learning rates after growth; None: matched, tensor by tensor.
         factors: what multiplies single learning rates now, by name.
@@ -120,6 +125,7 @@ class Laboratory:
         duplicate: copies a network.
         mean: of a tensor over the ranks of a distributed run, None where there is one.
         clip: limits the gradients of parameters as the run does.
+        held_out: further batches, that rollouts are judged by and not trained on; default the last of ``batches``.
         progress: told what is being done, how much of it is, and how much there is.
     """
 
@@ -135,4 +141,5 @@ class Laboratory:
     duplicate: Callable[[nn.Module], nn.Module] = copy.deepcopy
     mean: Callable[[Tensor], Tensor] | None = None
     clip: Callable[[Sequence[nn.Parameter]], None] | None = None
+    held_out: Sequence[Any] = ()
     progress: Callable[[str, int, int], None] = lambda *_: None

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_sop.deploy.replay import Call, isolated_random_state, map_tensors, tensors_in
+from lightning_sop.deploy.replay import Call, first_floating, isolated_random_state, map_tensors, tensors_in
 from lightning_sop.growth.units import find_units
 
 
@@ -73,7 +73,7 @@ def answer(model: nn.Module, calls: Sequence[Call], *, part_by_part: bool = True
     modes = {module: module.training for module in model.modules()}
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(fast and not part_by_part)
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    like = first_floating(model)
     model.eval()
     try:
         with torch.no_grad(), isolated_random_state():

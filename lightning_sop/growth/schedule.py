@@ -38,14 +38,15 @@ class Schedule(ABC):
         """New metrics: called after each validation."""
 
     def wants(self, moment: Moment) -> int:
-        """How many of the latest training batches to keep from now on, for :meth:`consider`. Asked once a step."""
+        """How many training batches :meth:`consider` takes at this step; for 0 it is not called. Asked once a step."""
         return 0
 
     def consider(self, laboratory: Laboratory, moment: Moment) -> Evidence | None:
-        """Look at the run as it is, between two steps, before :meth:`due` is asked; called while batches are wanted.
+        """Look at the run as it is, between two steps, before :meth:`due` is asked; called at steps that want batches.
 
         Args:
-            laboratory: for trying growth out on copies.
+            laboratory: for trying growth out on copies. Where the training data cannot be read beside the run, its batches
+                are the run's next ones, kept until there are as many as wanted: then this is called so much later.
             moment: where the run is.
 
         Returns:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +153,16 @@ def fit(model: pl.LightningModule, folder: Path | str, *callbacks: Callback, ckp
     run = trainer(folder, *copy.deepcopy(callbacks), **options)
     run.fit(model, ckpt_path=ckpt)
     return run
+
+
+def run_script(folder: Path, script: str) -> None:
+    """Run a script that names ``{root}``, of the repository, and ``{folder}``, apart from the test runner."""
+    file = folder / "run.py"
+    file.write_text(script.format(root=str(Path(__file__).parents[2]), folder=str(folder)))
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "LOCAL_RANK"))}
+    command = [sys.executable, "-W", "ignore", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def seeded(make: Any, *args: Any, **kwargs: Any) -> Any:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 
-from tests.callbacks.helpers import Classifier, fit, overparam, same_tensors, seeded
+from tests.callbacks.helpers import Classifier, fit, overparam, run_script, same_tensors, seeded
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using"),
@@ -144,18 +142,7 @@ fit(make(), {folder!r}, overparam(3), Report({folder!r}), devices=2, max_epochs=
 
 
 def test_subprocess_launcher(tmp_path: Path) -> None:
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT.format(root=os.getcwd(), folder=str(tmp_path)))
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "LOCAL_RANK"))}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(tmp_path, SCRIPT)
     one, two = ranks(tmp_path)
     assert same_tensors(one["ours"], two["ours"]) and one["losses"] != two["losses"]
 

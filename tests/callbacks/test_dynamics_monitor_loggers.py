@@ -322,13 +322,14 @@ def test_what_watches_the_module_does_not_see_our_copies() -> None:
         seen.append("own")
 
     watching.__module__ = "wandb.integration.torch.wandb_torch"
+    model.net.register_forward_pre_hook(watching)
     model.net.register_forward_hook(watching)
     model.net.register_forward_hook(own)
     copied = subject_of(model)
     copied.net(torch.zeros(4, 10))
     assert seen == ["own"]
     model.net(torch.zeros(4, 10))
-    assert seen == ["own", "W&B", "own"]
+    assert seen == ["own", "W&B", "W&B", "own"]
 
 
 WITHOUT_WANDB = """

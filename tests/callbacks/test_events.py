@@ -360,7 +360,7 @@ def test_annealing_ends_at_the_mean(tmp_path: Path) -> None:
 
 def test_table_is_printed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
-    fit(seeded(Classifier), tmp_path, SimulatedOverparam(MajorityKernels(3)))
+    fit(seeded(Classifier), tmp_path, SimulatedOverparam(MajorityKernels(3), verbose=True))
     text = capsys.readouterr().out
     assert text.count("Simulated over-parametrization") == 1
     assert "net.0.weight" in text and "layer type BatchNorm1d is not asked for" in text

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_sop import OnPlateau
 from tests.callbacks.growing import Growable, donor, every_epoch, grow, make
-from tests.callbacks.helpers import fit, same_tensors, seeded
+from tests.callbacks.helpers import fit, run_script, same_tensors, seeded
 from tests.callbacks.test_growth_resume import NeedsTrainer
 
 pytestmark = [
@@ -172,11 +170,6 @@ ddp(Path({folder!r}), make(), grow(1), max_epochs=1)
 
 
 def test_subprocess_launcher(tmp_path: Path) -> None:
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT.format(root=os.getcwd(), folder=str(tmp_path)))
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "LOCAL_RANK"))}
-    command = [sys.executable, "-W", "ignore", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(tmp_path, SCRIPT)
     one, two = ranks(tmp_path)
     assert same_tensors(one["optimizer"], two["optimizer"]) and one["event"]["grown_at"] == 1

@@ -22,7 +22,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_sop import AtStep, CollapseOnSave, DeepFusionGrow, FusionError
 from lightning_sop.zoo import Digits, ImageClassifier, LanguageModel
 from tests.callbacks.growing import Growable, Watch, donor, every_epoch, grow, make, network
-from tests.callbacks.helpers import fit, same_tensors, seeded, trainer
+from tests.callbacks.helpers import Manual, fit, same_tensors, seeded, trainer
 
 
 class InSetup(Growable):
@@ -46,28 +46,15 @@ class InConfigureModel(Growable):
             self.net = network(self.hparams["width"])
 
 
-class Manual(Growable):
-    """A network and a critic, two optimizers stepped by hand."""
+class ManualGrowable(Growable):
+    """Two optimizers stepped by hand, and networks of any width."""
+
+    training_step, configure_optimizers = Manual.training_step, Manual.configure_optimizers
 
     def __init__(self, width: int = 8) -> None:
         super().__init__(width)
         self.automatic_optimization = False
         self.critic = nn.Sequential(nn.Linear(5, width), nn.ReLU(), nn.Linear(width, 1))
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        first, second = self.optimizers()
-        loss = F.cross_entropy(self.net(batch[0]), batch[1]) + 0.1 * self.critic(self.net(batch[0])).mean()
-        self.losses.append(loss.item())
-        first.zero_grad()
-        self.manual_backward(loss)
-        first.step()
-        raw = second.optimizer
-        raw.zero_grad()
-        self.manual_backward(-self.critic(self.net(batch[0]).detach()).mean())
-        raw.step()
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(self.net.parameters(), lr=1e-2), torch.optim.SGD(self.critic.parameters(), lr=1e-2)
 
 
 class HandAccumulated(Growable):
@@ -129,7 +116,7 @@ class WithHparams(pl.LightningModule):
 
 
 @pytest.mark.parametrize(
-    "build", [InSetup, InConfigureModel, Manual, HandAccumulated, ReturnsDict, Parts], ids=lambda cls: cls.__name__
+    "build", [InSetup, InConfigureModel, ManualGrowable, HandAccumulated, ReturnsDict, Parts], ids=lambda cls: cls.__name__
 )
 def test_modules_of_many_kinds(build: Any, tmp_path: Path) -> None:
     model = seeded(build)
@@ -138,9 +125,9 @@ def test_modules_of_many_kinds(build: Any, tmp_path: Path) -> None:
     event = grow(4 if build is not HandAccumulated else 2)
     run = fit(model, tmp_path, event, ModelCheckpoint(tmp_path, filename="x"), max_epochs=3)
     # where the step needs its Trainer, a live one is listened to, and growth comes after it
-    assert run.callbacks[0].grown_at == {HandAccumulated: 2, Manual: 5}.get(build, 4)
-    assert {p.shape[0] for p in model.parameters()} == {16, 5} | ({1} if build is Manual else set())
-    index = {HandAccumulated: 6, Manual: 5}.get(build, 4)
+    assert run.callbacks[0].grown_at == {HandAccumulated: 2, ManualGrowable: 5}.get(build, 4)
+    assert {p.shape[0] for p in model.parameters()} == {16, 5} | ({1} if build is ManualGrowable else set())
+    index = {HandAccumulated: 6, ManualGrowable: 5}.get(build, 4)
     assert model.losses[:index] == plain.losses[:index]
     assert model.losses[index] == pytest.approx(plain.losses[index], rel=1e-4)  # the function is kept
     held = {id(p) for optimizer in run.optimizers for group in optimizer.param_groups for p in group["params"]}

@@ -12,11 +12,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from torch import Tensor
 
 from lightning_sop import BackwardErrorSchedule, DeepFusionGrow
-from lightning_sop.callbacks._laboratory import RunLaboratory
 from lightning_sop.growth import Evidence, Laboratory, Moment
 from lightning_sop.growth.advisor import Trial
 from tests.callbacks.growing import Growable
@@ -28,27 +28,8 @@ pytestmark = [
 ]
 
 
-class Asking(DeepFusionGrow):
-    """The callback with a laboratory for its schedule."""
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        self.ours = RunLaboratory(self)
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        if self.grown_at is None and self._boundary and self._next_in_line(trainer):
-            self.ours.before_step(trainer, pl_module, batch, batch_idx)
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.ours.after_batch(batch, batch_idx)
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-
-
-# The callback itself, once it asks its schedule.
-Subject = DeepFusionGrow if hasattr(DeepFusionGrow(grown={"width": 16}), "laboratory") else Asking
+QUIET: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+QUIET |= {"enable_checkpointing": False, "accelerator": "cpu", "devices": 1}
 
 
 class Seen(BackwardErrorSchedule):
@@ -89,7 +70,7 @@ class Memory(Logger):
 
 
 def event(schedule: BackwardErrorSchedule, **options: Any) -> DeepFusionGrow:
-    return Subject(**{"grown": {"width": 16}, "schedule": schedule, "verbose": False, **options})
+    return DeepFusionGrow(**{"grown": {"width": 16}, "schedule": schedule, "verbose": False, **options})
 
 
 def often(**options: Any) -> Seen:
@@ -100,20 +81,8 @@ def often(**options: Any) -> Seen:
 def run(model: pl.LightningModule, folder: Path, callback: DeepFusionGrow | None, **options: Any) -> pl.Trainer:
     """10 epochs of 4 steps; the callback stays the one that was given."""
     pl.seed_everything(11)
-    trainer = pl.Trainer(
-        **{
-            "max_epochs": 40,
-            "logger": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "enable_checkpointing": False,
-            "accelerator": "cpu",
-            "devices": 1,
-            "default_root_dir": str(folder),
-            "callbacks": [] if callback is None else [callback],
-            **options,
-        }
-    )
+    callbacks = [] if callback is None else [callback]
+    trainer = pl.Trainer(**{"max_epochs": 40, "default_root_dir": str(folder), "callbacks": callbacks, **QUIET, **options})
     trainer.fit(model)
     return trainer
 
@@ -153,7 +122,7 @@ def test_a_run_does_not_notice_checks(accumulate: int, tmp_path: Path) -> None:
     budget = (160 // accumulate) * accumulate * evidence.small_flops
     assert sum(e.flops for e in schedule.found.values()) <= schedule.spent <= budget
     laboratory = schedule.laboratories[min(schedule.found)]
-    assert len(laboratory.batches) == 4 and laboratory.batches_per_step == accumulate
+    assert len(laboratory.batches) == 4 and len(laboratory.held_out) == 1 and laboratory.batches_per_step == accumulate
 
 
 @pytest.mark.usefixtures("winning")
@@ -179,6 +148,22 @@ def test_the_decision_is_in_the_checkpoint(tmp_path: Path) -> None:
     again = event(often())
     again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert again.schedule.state_dict() == saved
+
+
+@pytest.mark.usefixtures("losing")
+def test_a_resumed_run_finds_the_same(tmp_path: Path) -> None:
+    """Checks draw the same batches again."""
+    whole, rest = often(), often()
+    save = ModelCheckpoint(tmp_path, "{epoch}", every_n_epochs=10, save_top_k=-1)
+    options = {**QUIET, "enable_checkpointing": True, "max_epochs": 40, "default_root_dir": str(tmp_path)}
+    model, again = seeded(Growable), seeded(Growable)
+    pl.seed_everything(11)
+    pl.Trainer(callbacks=[first := event(whole), save], **options).fit(model)
+    trainer = pl.Trainer(callbacks=[event(rest), save], **options)
+    trainer.fit(again, ckpt_path=tmp_path / "epoch=9.ckpt", weights_only=False)
+    assert first.grown_at is None and rest.found and min(whole.laboratories) < 40 <= min(rest.laboratories)
+    assert rest.found == {step: evidence for step, evidence in whole.found.items() if step >= 40}
+    assert again.losses == model.losses[40:]
 
 
 @pytest.mark.usefixtures("losing")
@@ -224,11 +209,9 @@ def test_a_run_of_unknown_length_is_refused_at_the_start(tmp_path: Path) -> None
 
 
 def test_other_schedules_keep_no_batches(tmp_path: Path) -> None:
-    callback = Subject(grown={"width": 16}, verbose=False)
+    callback = DeepFusionGrow(grown={"width": 16}, verbose=False)
     fit(NeedsTrainer(), tmp_path, callback, max_epochs=1)
-    laboratory = RunLaboratory(callback)
-    laboratory.after_batch([torch.ones(2)], 0)
-    assert not laboratory._kept
+    assert not callback.laboratory._kept
 
 
 SCRIPT = """

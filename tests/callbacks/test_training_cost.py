@@ -320,7 +320,7 @@ def test_flops_can_be_read_in_other_callbacks(tmp_path: Path) -> None:
 def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fit(make(), tmp_path, cost())
     assert "Cost of training" not in capsys.readouterr().out
-    fit(make(), tmp_path, TrainingCost())
+    fit(make(), tmp_path, TrainingCost(verbose=True))
     out = capsys.readouterr().out
     assert "Cost of training" in out and "1.21e+05" in out and "%" not in out
     assert flops_of_batch(8) * 8 == pytest.approx(1.21e5, rel=1e-2)

@@ -137,20 +137,11 @@ def test_the_state_is_plain_and_goes_on() -> None:
         state = json.loads(json.dumps(part.schedule.state_dict()))
         part.schedule = BackwardErrorSchedule(every=EVERY, batches=4)
         part.schedule.load_state_dict(state)
-        part.kept = []
         ended = part.run(start, stop)
     assert ended == grew and part.found == full.found
     again = BackwardErrorSchedule()
     again.load_state_dict(part.schedule.state_dict())
     assert again.due(Moment(grew, TOTAL)) and again.wants(Moment(grew, TOTAL)) == 0 and again.spent == full.schedule.spent
-
-
-def test_after_resuming_a_check_waits_for_its_batches() -> None:
-    toy = Toy(BackwardErrorSchedule(every=EVERY, batches=4, cost=1.0), tanh_net(4, 1))
-    toy.run(0, EVERY - 1)
-    toy.kept = []
-    toy.run(EVERY - 1, EVERY + 10)
-    assert next(iter(toy.found)) == EVERY - 1 + 4
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,6 @@ class Toy:
         self.generator = torch.Generator().manual_seed(1)
         self.found: dict[int, Evidence] = {}
         self.losses: list[float] = []
-        self.kept: list[Batch] = []
         self.measured = 0
 
     def run(self, start: int = 0, stop: int | None = None) -> int | None:
@@ -79,17 +78,14 @@ class Toy:
         for step in range(start, self.total if stop is None else stop):
             moment = Moment(step, self.total)
             wanted = self.schedule.wants(moment)
-            self.kept = self.kept[-wanted:] if wanted else []
             if wanted:
-                laboratory = Laboratory(self.net, self.grow, mean_square, self.kept, [self.optimizer])
+                laboratory = Laboratory(self.net, self.grow, mean_square, self.others(wanted, step), [self.optimizer])
                 evidence = self.schedule.consider(laboratory, moment)
                 if evidence is not None:
                     self.found[step] = evidence
                 if self.schedule.due(moment):
                     return step
             batch = self.batch()
-            if wanted:
-                self.kept.append(batch)
             self.optimizer.zero_grad()
             loss = mean_square(self.net, batch)
             loss.backward()
@@ -97,11 +93,16 @@ class Toy:
             self.losses.append(loss.item())
         return None
 
-    def batch(self) -> Batch:
+    def batch(self, generator: torch.Generator | None = None) -> Batch:
         if self.size == 512:
             return self.inputs, self.targets
-        rows = torch.randint(512, (self.size,), generator=self.generator)
+        rows = torch.randint(512, (self.size,), generator=generator or self.generator)
         return self.inputs[rows], self.targets[rows]
+
+    def others(self, number: int, step: int) -> list[Batch]:
+        """Batches for a check, drawn beside those that are trained on."""
+        generator = torch.Generator().manual_seed(step)
+        return [self.batch(generator) for _ in range(number)]
 
     @property
     def planned(self) -> float:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from lightning_sop.dynamics.quantities import SECTIONS, TABLE, find
 
-GROWTH, COST, OWN, RATES = "growth", "cost", "own", "rates"
+GROWTH, OWN, RATES = "growth", "own", "rates"
 
 TITLES = {OWN: "Training, validation, test", RATES: "Learning rates", **SECTIONS}
 """Headings of sections; others have the first part of their names."""
