@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -46,10 +47,11 @@ class WriteJob:
     def __call__(self) -> None:
         store.write(self.export.target, self.content, self.export.format)
         sibling, local = files.local_path(self.path), files.local_path(self.export.target)
-        if sibling is not None and local is not None and os.path.exists(sibling):
+        if sibling is not None and local is not None:
             # fit(ckpt_path="last") takes the youngest file whose name starts with "last", and must not take this one.
-            moment = os.stat(sibling).st_mtime - 1.0
-            os.utime(local, (moment, moment))
+            with contextlib.suppress(FileNotFoundError):  # another thread may have removed one, no longer best or last
+                moment = os.stat(sibling).st_mtime - 1.0
+                os.utime(local, (moment, moment))
         if not self.keep_training_file:
             files.remove(self.path)
 

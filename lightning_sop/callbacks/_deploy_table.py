@@ -18,7 +18,7 @@ def deploy_table(receipts: Mapping[str, Mapping[str, Any]]) -> Table:
         receipts: by path.
     """
     folders = {os.path.dirname(path) for path in receipts}
-    where = folders.pop() if len(folders) == 1 else ""
+    where = _short(folders.pop()) if len(folders) == 1 else ""
     table = Table(title="Deployed" + f" in {where}" * bool(where), title_justify="left")
     table.add_column("file", overflow="fold")
     for column in ("step", "values", "MB", "difference of outputs"):
@@ -29,10 +29,16 @@ def deploy_table(receipts: Mapping[str, Mapping[str, Any]]) -> Table:
     for path, receipt in list(receipts.items())[-_MOST:]:
         step, difference = receipt["global_step"], receipt["output_difference_relative"]
         table.add_row(
-            os.path.basename(path) if where else path,
+            os.path.basename(path) if where else _short(path),
             "" if step is None else f"{step:,}",
             f"{receipt['values']:,}",
             f"{receipt['bytes'] / 1e6:.3g}",
             "not compared" if difference is None else f"{difference:.1e}",
         )
     return table
+
+
+def _short(path: str) -> str:
+    """From the working directory, for what is in it."""
+    inside = os.path.abspath(path).startswith(os.path.join(os.getcwd(), ""))
+    return os.path.relpath(path) if inside else path

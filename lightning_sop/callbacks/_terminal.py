@@ -1,4 +1,4 @@
-"""What callbacks print: on the first rank, on a terminal or in a notebook, unless asked otherwise."""
+"""What callbacks print: on the first rank, where somebody watches, unless asked otherwise."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ def show(trainer: Trainer, verbose: bool | None, *things: Any) -> None:
 
     Args:
         trainer: of the run.
-        verbose: whether to print; None: where somebody watches.
+        verbose: whether to print; None: on a terminal or in a notebook.
         things: to print, one below the other.
     """
-    if trainer.is_global_zero and (_watched() if verbose is None else verbose):
+    console = rich.get_console()
+    watched = console.is_terminal or console.is_jupyter
+    if trainer.is_global_zero and (watched if verbose is None else verbose):
         for thing in things:
-            rich.print(thing)
+            console.print(thing)
 
 
 class LateBar:
-    """Progress of what takes long: nothing is seen of it in the first two seconds, nor where nobody watches.
+    """Progress of what takes long, on a terminal: nothing is seen of it in the first two seconds.
 
     A context manager, which leaves nothing on the terminal.
 
@@ -40,7 +42,7 @@ class LateBar:
 
     def __init__(self, trainer: Trainer, title: str, *, at_once: bool = False) -> None:
         self._title = title
-        self._quiet = not (trainer.is_global_zero and _watched())
+        self._quiet = not (trainer.is_global_zero and rich.get_console().is_terminal)
         self._start = time.monotonic() - (_LONG if at_once else 0.0)
         self._progress: Progress | None = None
         self._tasks: dict[str, Any] = {}
@@ -68,8 +70,3 @@ class LateBar:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._progress is not None:
             self._progress.stop()
-
-
-def _watched() -> bool:
-    console = rich.get_console()
-    return console.is_terminal or console.is_jupyter

@@ -11,8 +11,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import rich
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -237,7 +239,7 @@ def test_an_exception_inside_a_step(error: type[BaseException], tmp_path: Path) 
             self.made = Breaking(self.parameters(), lr=1e-2)
             return self.made
 
-    handler = signal.getsignal(signal.SIGINT)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
     Breaking.fuse, Breaking.error = 2, error
     model = seeded(Fragile)
     held = [id(p) for p in model.parameters()]
@@ -259,7 +261,7 @@ def test_ctrl_c_between_steps(tmp_path: Path) -> None:
             if trainer.global_step == 3:
                 os.kill(os.getpid(), signal.SIGINT)
 
-    handler = signal.getsignal(signal.SIGINT)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
     model = seeded(Classifier)
     run = trainer(tmp_path, overparam(3), Press())
     with pytest.raises((SystemExit, KeyboardInterrupt)):
@@ -359,7 +361,7 @@ def test_annealing_ends_at_the_mean(tmp_path: Path) -> None:
 
 
 def test_table_is_printed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setattr(rich, "_console", Console(width=160))
     fit(seeded(Classifier), tmp_path, SimulatedOverparam(MajorityKernels(3), verbose=True))
     text = capsys.readouterr().out
     assert text.count("Simulated over-parametrization") == 1

@@ -16,7 +16,7 @@ from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.tuner import Tuner
 
 from lightning_sop.callbacks.collapse_on_save import CollapseOnSave
-from lightning_sop.deploy import CollapseError, read, verify
+from lightning_sop.deploy import CollapseError, read, store, verify
 
 
 def test_top_k_keeps_a_deploy_file_for_every_checkpoint_and_no_other(tmp_path):
@@ -158,3 +158,16 @@ def test_a_checkpoint_saved_on_an_exception_has_one_too(tmp_path):
     with pytest.raises(RuntimeError, match="broken"):
         fit(tmp_path, CollapseOnSave(), saves, model=Breaks())
     assert names(tmp_path) == ["last.ckpt", "last.deploy.ckpt", "step=2.ckpt", "step=2.deploy.ckpt"]
+
+
+def test_a_file_that_is_removed_while_it_is_written(tmp_path, monkeypatch):
+    """With asynchronous saving it may stop being the best one between being written and being dated."""
+    real = store.write
+
+    def write(path, *args):
+        real(path, *args)
+        os.unlink(path)
+
+    monkeypatch.setattr(store, "write", write)
+    fit(tmp_path, CollapseOnSave(), ModelCheckpoint(tmp_path, filename="x"), max_epochs=1)
+    assert names(tmp_path) == ["x.ckpt"]
