@@ -137,7 +137,8 @@ class Measurement:
         for target in self.targets:
             if id(target.parameter) in held and target.name in self._layers:
                 layer = self._layers.pop(target.name)
-                layer.update = target.deployed() - layer.weight
+                after = target.deployed()
+                layer.update = after - layer.weight if target.form is None else after.sub_(layer.weight)  # a tensor of its own
                 self._measure(layer, wanted)
 
     def remembered(self, optimizers: Sequence[Optimizer]) -> None:

@@ -157,11 +157,15 @@ class MajorityKernels(Method):
         """The mean of the kernels, summed in at least float32."""
         if self.factor == 1:
             return phi[0]
-        dtype = torch.promote_types(phi[0].dtype, torch.float32)
-        total = phi[0].to(dtype)
-        for kernel in phi[1:]:
-            total = total + kernel
-        return (total / self.factor).to(phi[0].dtype)
+        first, second, *rest = phi
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        return self._mean(first.to(dtype) + second, rest).to(first.dtype)
+
+    def _mean(self, total: Tensor, rest: Sequence[Tensor]) -> Tensor:
+        """In place: the mean of the kernels from the sum of two and the others."""
+        for kernel in rest:
+            total.add_(kernel)
+        return total.div_(self.factor)
 
     def shift(self, phi: Sequence[Tensor], before: Tensor, after: Tensor, site: Site) -> None:
         """Every kernel moves as the weight did: the differences between kernels stay."""
@@ -175,17 +179,19 @@ class MajorityKernels(Method):
     def write(self, weight: Tensor, phi: Sequence[Tensor], mix: Tensor | None, site: Site) -> None:
         """As the default, without temporaries: this runs once per weight and step."""
         low_precision = torch.finfo(weight.dtype).bits < 32
-        if mix is None or mix.dim() > 1 or low_precision or weight.stride() != phi[0].stride():
+        if low_precision or weight.stride() != phi[0].stride() or (mix is not None and mix.dim() > 1):
             kernels = [kernel.float() for kernel in phi] if low_precision else phi
             weight.copy_(self.collapse(kernels, site) if mix is None else self.compose(kernels, mix, site))
-            return
-        # Σ v_i W_i with Σ v_i = 1, as a chain of means of two kernels: less traffic than a sum of products.
-        mean, (total, *rest) = phi[0], mix.tolist()
-        for share, kernel in zip(rest, phi[1:], strict=True):
-            total += share
-            mean = torch.lerp(mean, kernel, share / total if total else 0.0, out=weight)
-        if not rest:
-            weight.copy_(mean)
+        elif self.factor == 1:
+            weight.copy_(phi[0])
+        elif mix is None:  # to the same bits as collapse()
+            self._mean(torch.add(phi[0], phi[1], out=weight), phi[2:])
+        else:
+            # Σ v_i W_i with Σ v_i = 1, as a chain of means of two kernels: less traffic than a sum of products.
+            mean, (total, *rest) = phi[0], mix.tolist()
+            for share, kernel in zip(rest, phi[1:], strict=True):
+                total += share
+                mean = torch.lerp(mean, kernel, share / total if total else 0.0, out=weight)
 
     def pull_back(self, phi: Sequence[Tensor], mix: Tensor | None, grad: Tensor, site: Site, out: Sequence[Tensor]) -> None:
         """Closed form: s v_i ∂L/∂W for each kernel (v_i = 1/k where the weight was the mean)."""
