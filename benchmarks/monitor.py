@@ -37,7 +37,7 @@ NEVER = 10**9
 BOUNDS = {"default": 1.02, "everything, every step": 1.10}
 """Largest step time over that without a monitor."""
 DEFAULT = DynamicsMonitor()
-ALL = ["*"]
+EVERYTHING = DynamicsMonitor(["*"], every=1, slow=50)
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ def monitors() -> dict[str, DynamicsMonitor | None]:
         "idle": DynamicsMonitor(every=NEVER),
         "default": DynamicsMonitor(every=1, slow=NEVER),
         "default, slow": DynamicsMonitor(every=1, slow=1),
-        "all": DynamicsMonitor(ALL, every=1, slow=NEVER),
-        "all, slow": DynamicsMonitor(ALL, every=1, slow=1),
+        "all": DynamicsMonitor(["*"], every=1, slow=NEVER),
+        "all, slow": DynamicsMonitor(["*"], every=1, slow=1),
     }
 
 
@@ -167,7 +167,7 @@ def measure(task: TimingTask) -> dict[str, Any]:
         "step_ratio": ratios,
         "run_ratio": {
             "default": mean_of(ratios, "default", DEFAULT.every, DEFAULT.slow),
-            "everything, every step": mean_of(ratios, "all", 1, DEFAULT.slow),
+            "everything, every step": mean_of(ratios, "all", EVERYTHING.every, EVERYTHING.slow),
         },
     }
 
@@ -206,8 +206,9 @@ def render(results: dict[str, Any]) -> str:
             *lines,
             f"\n*default* is `DynamicsMonitor()`: of {DEFAULT.every * DEFAULT.slow} steps {DEFAULT.slow} are measured, one "
             "of them with the slow rows; what a run costs is the mean over those steps. *everything, every step* is "
-            f"`DynamicsMonitor(['*'], every=1)`: every step is measured, one in {DEFAULT.slow} with the slow rows (spectra, "
-            "losses on copies, optimizer state). With `slow=1` it is as in the last line below.\n",
+            f"`DynamicsMonitor(['*'], every=1, slow={EVERYTHING.slow})`: every step is measured, one in {EVERYTHING.slow} "
+            "with the slow rows (spectra, losses on copies, optimizer state). With `slow=1` it is as in the last line "
+            "below.\n",
             *kinds,
             "",
         ]

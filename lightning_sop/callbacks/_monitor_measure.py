@@ -138,7 +138,8 @@ class Measurement:
             if id(target.parameter) in held and target.name in self._layers:
                 layer = self._layers.pop(target.name)
                 after = target.deployed()
-                layer.update = after - layer.weight if target.form is None else after.sub_(layer.weight)  # a tensor of its own
+                own = target.form is not None  # a tensor that nobody else holds
+                layer.update = after.sub_(layer.weight) if own else after - layer.weight
                 self._measure(layer, wanted)
 
     def remembered(self, optimizers: Sequence[Optimizer]) -> None:

@@ -1,0 +1,119 @@
+"""Train methods with tuned settings on several tasks, paired by seed, and compare them.
+
+    python -m benchmarks.quality run --study core --data FOLDER [--tasks ...] [--methods ...] [--jobs 2] [--limit-minutes 60]
+    python -m benchmarks.quality estimate --study core
+    python -m benchmarks.quality table --study core
+    python -m benchmarks.quality why --study core --data FOLDER --tasks fashion_mlp
+
+A study is a file in benchmarks/quality/studies, or a path: core, the larger gpu and gpu_finetune, and ablation_*, whose rows
+begin with the settings that core has chosen. Every finished run is a line in RESULTS/TASK.jsonl; a study that was stopped or
+killed goes on where it was. Networks that others are made of are kept in the folder given by --networks; one that is lost is
+trained again. Settings are chosen on a seed of their own by the validation loss; the test is read once for each final run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks.quality.config import Study, StudyError
+from benchmarks.quality.estimate import Estimate
+from benchmarks.quality.execute import execute
+from benchmarks.quality.keys import get
+from benchmarks.quality.place import PATHS, Place
+from benchmarks.quality.reading import read_study
+from benchmarks.quality.store import Store
+
+RESULTS = Path(__file__).parents[1] / "results" / "quality"
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        The exit status: 0, 1 where runs had errors, 2 for a mistake of the user's.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=("run", "table", "estimate", "why"))
+    parser.add_argument("--study", default="core", help="name or path of the study (default: core)")
+    parser.add_argument("--data", type=Path, help="folder that the paths in tasks are relative to")
+    parser.add_argument("--tasks", nargs="+", help="only these")
+    parser.add_argument("--methods", nargs="+", help="only these rows")
+    parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
+    parser.add_argument("--limit-minutes", type=float, help="begin no run after so many minutes")
+    parser.add_argument("--accelerator", default="auto", help="of the Trainer (default: auto)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--networks", type=Path, default=Path("quality_networks"), help="folder for trained networks")
+    options = parser.parse_args(words)
+    try:
+        study = read_study(options.study)
+        part = study.only(options.tasks, options.methods)
+        store = Store(options.results).read(part.files)
+        if options.command == "run":
+            return run(part, store, options)
+        if options.command == "estimate":
+            Console().print(Estimate(part, store.results).table(options.jobs))
+            return 0
+        if options.command == "why":
+            return explain(part, store, options)
+        from benchmarks.quality.table import write
+
+        command = ["python", "-m", "benchmarks.quality", "table", "--study", Path(options.study).stem]
+        for name in ("tasks", "methods"):
+            if getattr(options, name):
+                command += [f"--{name}", *getattr(options, name)]
+        print(f"wrote {write(part, store.results, options.results, shlex.join(command))}")
+    except StudyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(study: Study, store: Store, options: argparse.Namespace) -> int:
+    """Perform what is not finished."""
+    place = place_of(study, options)
+    return 1 if execute(study, store, place, jobs=options.jobs, minutes=options.limit_minutes) else 0
+
+
+def explain(study: Study, store: Store, options: argparse.Namespace) -> int:
+    """Train a network of each kind again, and measure along it."""
+    from benchmarks.quality.train import quiet
+    from benchmarks.quality.why import why
+
+    quiet()
+    place = place_of(study, options)
+    for task in study.tasks.values():
+        print(f"wrote {', '.join(map(str, why(study, task, store.results, place, options.results)))}")
+    return 0
+
+
+def place_of(study: Study, options: argparse.Namespace) -> Place:
+    """Where to run, with all data there."""
+    for task in (*study.tasks.values(), *(task.start for task in study.tasks.values() if task.start)):
+        for name in PATHS:
+            path = get(task.config, f"data.init_args.{name}")
+            if path is not None and not Path(options.data or "", path).exists():
+                where = f"{options.data} has no {path}" if options.data else f"it needs {path} in the folder given by --data"
+                raise StudyError(f"task {task.name}: {where}")
+    return Place(str(options.data) if options.data else None, str(options.networks), options.accelerator, commit())
+
+
+def commit() -> str | None:
+    """Of the code, with a + if files differ from it."""
+    try:
+        words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*"]
+        return subprocess.run(words, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

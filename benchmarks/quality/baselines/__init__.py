@@ -1,0 +1,1 @@
+"""Methods that Majority Kernels is compared with, where Lightning has none."""

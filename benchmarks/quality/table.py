@@ -1,0 +1,289 @@
+"""The tables of a study, from its results."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality.config import Setting, Study, Task, Variant
+from benchmarks.quality.costs import spent
+from benchmarks.quality.plan import UNTRAINED, Results, chosen, finals, score, trials
+from benchmarks.quality.stats import Interval, interval, paired
+
+AGAINST = ("ema", "swa", "k_average", "distilled")
+"""Besides plain, what Majority Kernels is compared with."""
+OURS = "majority_kernels"
+NOTHING = "-"
+PLAIN = "plain"
+
+
+COSTS = (
+    "Cost of a final run, mean over seeds, and the chosen settings. What it cost to train the networks that a row is made "
+    "of is in all its numbers; the search for settings is in none. *Seconds*: wall time of the training loop, without "
+    "validation. *CPU seconds*: of the process, with validation; less disturbed by what else runs there. *A step*: CPU "
+    "seconds (on an accelerator: seconds) of a step of the row's own training, relative to plain. *FLOPs*: of forward and "
+    "backward; mixing kernels, averaging weights and estimating BatchNorm anew are in the seconds only."
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is known of a variant on a task.
+
+    Attributes:
+        variant: whose row it is.
+        task: on which.
+        tried: trials that are finished; ``wanted``: in all; ``failed``: that diverged.
+        setting: the chosen one.
+        done: results of final runs by seed; ``diverged``: seeds that did not end well.
+        seeds: final runs in all.
+        trials_of: whose trials they are, in words, if not the row's own.
+    """
+
+    variant: Variant
+    task: Task
+    title: str
+    tried: int
+    wanted: int
+    failed: int
+    setting: Setting | None
+    done: dict[int, dict[str, Any]]
+    diverged: list[int]
+    seeds: int
+    trials_of: str = ""
+
+    def metric(self, name: str) -> dict[int, float]:
+        """By seed."""
+        return {seed: result["metrics"][name] for seed, result in self.done.items()}
+
+    def cost(self, name: str) -> float:
+        """Mean over final runs, with their teachers; NaN where it is not known."""
+        values = [spent(result, name) for result in self.done.values()]
+        known = [value for value in values if value is not None]
+        return statistics.mean(known) if known else math.nan
+
+    @property
+    def teachers(self) -> float:
+        """Part of the FLOPs that went into them."""
+        parts = [result["cost"].get("teachers", {}).get("flops", 0) or 0 for result in self.done.values()]
+        return statistics.mean(parts) / self.cost("flops") if parts and self.cost("flops") else 0.0
+
+    @property
+    def step_seconds(self) -> float:
+        """Of the row's own training: CPU seconds, but on an accelerator those of the clock."""
+        own = []
+        for result in self.done.values():
+            clock = "cpu_seconds" if result["environment"]["device"] == "cpu" else "seconds"
+            own.append((result["cost"][clock], result["cost"]["steps"]))
+        times = [seconds / steps for seconds, steps in own if steps and seconds is not None]
+        return statistics.mean(times) if times else math.nan
+
+
+def rows(study: Study, task: Task, results: Results) -> dict[str, Row]:
+    """All rows of a task by the name of their variant."""
+    found = {}
+    for variant in study.variants.values():
+        tried = [results[run.key] for run in trials(study, task, variant, results) if run.key in results]
+        setting, last = chosen(study, task, variant, results), finals(study, task, variant, results) or {}
+        ended = {seed: results[run.key] for seed, run in last.items() if run.key in results}
+        method = study.methods[variant.method]
+        found[variant.name] = Row(
+            variant,
+            task,
+            method.title if variant.name == variant.method else variant.name,
+            len(tried),
+            study.source(variant)[0].trials,
+            sum(not math.isfinite(score(result)) for result in tried),
+            setting,
+            {seed: result for seed, result in ended.items() if result["status"] == "done"},
+            [seed for seed, result in ended.items() if result["status"] != "done"],
+            len(study.seeds),
+            trials_of(study, variant),
+        )
+    return found
+
+
+def trials_of(study: Study, variant: Variant) -> str:
+    """Whose trials chose a row's setting."""
+    teachers = study.methods[variant.method].teachers
+    if study.methods[variant.method].derive in UNTRAINED and teachers is not None:
+        return f" of {teachers.of}"
+    return f" of {variant.tuned}" if variant.tuned else ""
+
+
+# ---------------------------------------------------------------------- writing
+
+
+def write(study: Study, results: Results, folder: Path, command: str) -> Path:
+    """Write STUDY.md and the plots.
+
+    Returns:
+        The page.
+    """
+    from benchmarks.quality.plots import plot
+
+    table = {name: rows(study, task, results) for name, task in study.tasks.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = plot(study, table, folder)
+    path = folder / f"{study.name}.md"
+    path.write_text("\n".join(render(study, table, results, command, pictures)) + "\n")
+    return path
+
+
+def render(
+    study: Study, table: dict[str, dict[str, Row]], results: Results, command: str, pictures: Sequence[str]
+) -> Iterator[str]:
+    yield f"# {study.title}"
+    yield ""
+    yield f"Made by `{command}`. {environments(results)}"
+    yield method_of(study)
+    yield from ("", missing(table))
+    for name, found in table.items():
+        task = study.tasks[name]
+        yield from ("", f"## {name}", "", f"{task.title}.", "")
+        yield from _quality(found)
+        yield ""
+        yield from _comparisons(found)
+        yield from ("", COSTS, "")
+        yield from _costs(found)
+    for picture in pictures:
+        yield from ("", f"![{Path(picture).stem}]({picture})")
+
+
+def _quality(found: dict[str, Row]) -> Iterator[str]:
+    label, factor, digits = score_form(next(iter(found.values())).task)
+    unit = loss_unit(next(iter(found.values())).task)
+    to = "difference to plain" if all(row.variant.against == PLAIN for row in found.values()) else "difference"
+    yield from _head(["method", "runs", f"val loss{unit}", f"test loss{unit}", to, f"test {label}", to])
+    for row in found.values():
+        plain = found.get(row.variant.against)
+        cells = [row.title, progress(row)]
+        cells += [_text(interval(list(row.metric(name).values())), 4) for name in ("val_loss", "test_loss")]
+        cells.append(_difference(row, plain, "test_loss", 1, 4))
+        cells.append(_text(interval([factor * value for value in row.metric(score_name(row.task)).values()]), digits))
+        cells.append(_difference(row, plain, score_name(row.task), factor, digits))
+        yield _line(cells)
+
+
+def _comparisons(found: dict[str, Row]) -> Iterator[str]:
+    """Majority Kernels against more than plain."""
+    ours = found.get(OURS)
+    others = [found[name] for name in AGAINST if name in found]
+    if ours is None or not others:
+        return
+    label, factor, digits = score_form(ours.task)
+    for other in others:
+        loss = _difference(ours, other, "test_loss", 1, 4)
+        accuracy = _difference(ours, other, score_name(ours.task), factor, digits)
+        yield f"- {ours.title} minus {other.title}: test loss {loss}, test {label} {accuracy}"
+
+
+def _costs(found: dict[str, Row]) -> Iterator[str]:
+    header = ["method", "steps", "seconds", "CPU seconds", "a step", "FLOPs", "parameters trained / deployed"]
+    yield from _head([*header, "trials", "setting"])
+    for row in found.values():
+        plain = found.get(row.variant.against)
+        parameters = next((result["cost"]["parameters"] for result in row.done.values()), None)
+        trained = f"{parameters['training']:,} / {parameters['deployed']:,}" if parameters else NOTHING
+        setting = ", ".join(f"{name} {value}" for name, value in (row.setting or {}).items()) or "not chosen yet"
+        ratio = row.step_seconds / plain.step_seconds if plain else math.nan
+        cells = [row.title, *(_number(row.cost(name), ",.0f") for name in ("steps", "seconds", "cpu_seconds"))]
+        flops = _number(row.cost("flops"), ".3g") + (f", {row.teachers:.0%} of them teachers'" if row.teachers else "")
+        failed = f", {row.failed} diverged" if row.failed else ""
+        yield _line(
+            [*cells, _number(ratio, ".2f"), flops, trained, f"{row.tried} of {row.wanted}{row.trials_of}{failed}", setting]
+        )
+
+
+def _number(value: float, form: str) -> str:
+    return format(value, form) if math.isfinite(value) else NOTHING
+
+
+def method_of(study: Study) -> str:
+    """How the numbers came about."""
+    searched = [row for row in study.known.values() if row.tuned is None]
+    settings = (
+        f"Each row's setting is the best of {study.trials} trials by validation loss, on seed {study.tuning_seed}, which "
+        "no other run has; the first trial is the task's default. Rows that are made of trained networks and train nothing "
+        "have the setting, and the trials, of those. "
+        if searched
+        else f"Settings are those chosen in {', '.join(study.bases)} by validation loss, but for what the rows are about. "
+    )
+    return (
+        f"{settings}Final runs have {len(study.seeds)} seeds; a seed gives every method the same initialization (if it has "
+        "the plain network's sizes), validation split and order of the data. A run keeps its epoch of lowest validation "
+        "loss; the test was read once, for that epoch. Mean ± 95 % interval (Student's t) over seeds; differences are "
+        "paired by seed. **Bold**: the interval excludes 0; nothing is corrected for the number of comparisons."
+    )
+
+
+def missing(table: dict[str, dict[str, Row]]) -> str:
+    """Which rows are not complete, and how much is missing in all."""
+    rows = [row for found in table.values() for row in found.values()]
+    absent = sum(row.seeds - len(row.done) - len(row.diverged) for row in rows)
+    unfinished = sum(row.seeds > len(row.done) + len(row.diverged) for row in rows)
+    if not absent:
+        return "All final runs are there."
+    wanted = sum(row.seeds for row in rows)
+    return f"**{absent} of {wanted} final runs are missing**, in {unfinished} of {len(rows)} rows."
+
+
+def progress(row: Row) -> str:
+    """How many seeds there are, and what became of the others."""
+    missing = row.seeds - len(row.done) - len(row.diverged)
+    text = f"{len(row.done)} of {row.seeds} seeds so far" if missing else str(len(row.done))
+    return text + (f", {len(row.diverged)} diverged" if row.diverged else "")
+
+
+def score_name(task: Task) -> str:
+    return f"test_{task.score}"
+
+
+def score_form(task: Task) -> tuple[str, float, int]:
+    """What the score is called in tables, by what it is multiplied, and its digits."""
+    return ("accuracy, %", 100.0, 2) if task.score == "acc" else (task.score, 1.0, 3)
+
+
+def loss_unit(task: Task) -> str:
+    """Of a language model's loss."""
+    return ", nats a token" if task.score == "perplexity" else ""
+
+
+def _difference(row: Row, other: Row | None, name: str, factor: float, digits: int) -> str:
+    if other is None or row is other:
+        return ""
+    found = paired(row.metric(name), other.metric(name))
+    if found is None:
+        return NOTHING
+    found = Interval(factor * found.mean, factor * found.half, found.count)
+    text = found.text(digits, signed=True)
+    few = f" ({found.count} seeds)" if found.count < row.seeds else ""
+    to = f" to {other.title}" if row.variant.against not in (PLAIN, row.variant.name) else ""
+    return (f"**{text}**" if found.excludes_zero else text) + to + few
+
+
+def _text(found: Interval | None, digits: int) -> str:
+    return NOTHING if found is None else found.text(digits)
+
+
+def _head(header: Sequence[str]) -> Iterator[str]:
+    yield _line(header)
+    yield _line(["---"] * len(header))
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def environments(results: Results) -> str:
+    """Where the runs were made."""
+    kinds = {
+        f"{e['device']}, {e['threads']} thread(s), {e['system']}, torch {e['torch']}, lightning {e['lightning']}"
+        for e in (result["environment"] for result in results.values())
+    }
+    commits = sorted({result["environment"]["commit"] or "unknown" for result in results.values()})
+    return f"Runs on: {'; '.join(sorted(kinds))}; code: {', '.join(commits)}." if kinds else "No run is finished."
