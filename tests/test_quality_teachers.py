@@ -135,7 +135,7 @@ def test_the_table_names_the_whole_cost(done, tmp_path):
         assert (tmp_path / f"{whole.name}_{name}.png").stat().st_size > 10_000
     found = rows(whole, whole.tasks["tiny"], results)
     page = "\n".join(render(whole, {"tiny": found}, results, "", []))
-    assert "Majority Kernels minus distilled" in page
+    assert "Majority Kernels, options tuned minus distilled" in page
     assert found["k_average"].cost("steps") == 2 * found["plain"].cost("steps")
     assert "so far" not in page
     assert found["k_ensemble"].tried == found["plain"].tried

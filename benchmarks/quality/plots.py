@@ -48,7 +48,7 @@ def _style(row: Row) -> dict[str, Any]:
     """Plain in black, Majority Kernels in red, references in grey, all others in blue."""
     if row.variant.method == "plain":
         return {"color": "black"}
-    if row.variant.method == "majority_kernels":
+    if row.variant.method.startswith("majority_kernels"):
         return {"color": "C3"}
     return {"color": "0.55" if "reference" in row.title else "C0"}
 

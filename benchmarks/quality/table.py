@@ -16,7 +16,7 @@ from benchmarks.quality.stats import Interval, interval, paired
 
 AGAINST = ("ema", "swa", "k_average", "distilled")
 """Besides plain, what Majority Kernels is compared with."""
-OURS = "majority_kernels"
+OURS = ("majority_kernels_fixed", "majority_kernels")
 NOTHING = "-"
 PLAIN = "plain"
 
@@ -171,15 +171,12 @@ def _quality(found: dict[str, Row]) -> Iterator[str]:
 
 def _comparisons(found: dict[str, Row]) -> Iterator[str]:
     """Majority Kernels against more than plain."""
-    ours = found.get(OURS)
-    others = [found[name] for name in AGAINST if name in found]
-    if ours is None or not others:
-        return
-    label, factor, digits = score_form(ours.task)
-    for other in others:
-        loss = _difference(ours, other, "test_loss", 1, 4)
-        accuracy = _difference(ours, other, score_name(ours.task), factor, digits)
-        yield f"- {ours.title} minus {other.title}: test loss {loss}, test {label} {accuracy}"
+    for ours in (found[name] for name in OURS if name in found):
+        label, factor, digits = score_form(ours.task)
+        for other in (found[name] for name in AGAINST if name in found):
+            loss = _difference(ours, other, "test_loss", 1, 4)
+            accuracy = _difference(ours, other, score_name(ours.task), factor, digits)
+            yield f"- {ours.title} minus {other.title}: test loss {loss}, test {label} {accuracy}"
 
 
 def _costs(found: dict[str, Row]) -> Iterator[str]:
