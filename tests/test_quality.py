@@ -57,6 +57,7 @@ STUDY = {
 @pytest.fixture(autouse=True)
 def random_state():
     state = torch.get_rng_state()
+    torch.manual_seed(0)
     yield
     torch.set_rng_state(state)
 
