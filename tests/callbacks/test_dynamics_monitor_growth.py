@@ -194,3 +194,12 @@ def test_the_events_are_as_they_were(tmp_path: Path) -> None:
     )
     run.fit(seeded(Growable))
     assert event.observers == [] and event.grown_at == SEAM
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_each_of_two_monitors_sees_the_growth(asked: int, tmp_path: Path) -> None:
+    wanted = (["weights/norm"], ["growth/*"])
+    monitors = [DynamicsMonitor(rows, every=1, name=str(n)) for n, rows in enumerate(wanted[:: 1 if asked else -1])]
+    rows = monitored(seeded(Growable), tmp_path, *monitors, grow(SEAM), max_epochs=3)
+    assert [step for step, row in rows.items() if "growth/event" in row] == [SEAM]
+    assert "growth/fused_loss" in rows[SEAM]
