@@ -1,15 +1,15 @@
 """The benchmark's script at its smallest: its files, and the counts in them that do not depend on the machine."""
 
 import dataclasses
-import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+
+from tests.scripts import load_script
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -23,11 +23,7 @@ def benchmarks_on_the_path(monkeypatch):
 
 
 def load(name):
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(BENCHMARKS / f"{name}.py", name)
 
 
 @pytest.fixture

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from tests.scripts import load_script
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -17,11 +17,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location("monitor", BENCHMARKS / "monitor.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "monitor", module)
-    spec.loader.exec_module(module)
+    module = load_script(BENCHMARKS / "monitor.py", "monitor")
     random_state = torch.get_rng_state()
     yield module
     torch.set_rng_state(random_state)

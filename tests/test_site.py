@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
@@ -14,6 +13,8 @@ from urllib.parse import unquote
 import pytest
 import yaml
 
+from tests.scripts import load_script
+
 pytest.importorskip("zensical", reason="the extra docs is not installed")
 
 ROOT = Path(__file__).parents[1]
@@ -23,11 +24,7 @@ FETCHED = {"audio", "embed", "iframe", "img", "link", "object", "script", "sourc
 
 def load_builder() -> ModuleType:
     """docs/build.py, which is a script and no part of a package."""
-    spec = importlib.util.spec_from_file_location("build_docs", ROOT / "docs" / "build.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "docs" / "build.py", "build_docs")
 
 
 @pytest.fixture

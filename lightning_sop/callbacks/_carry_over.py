@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from lightning_sop.callbacks._growing import SELF, Donor
-from lightning_sop.callbacks._growing_run import silent
+from lightning_sop.callbacks._growing_run import mean_over_ranks, silent
 from lightning_sop.callbacks._step_loss import loss_of_step
 from lightning_sop.deploy.replay import isolated_random_state
 from lightning_sop.growth import Fusion
@@ -94,8 +94,9 @@ def matched_factors(
             "DeepFusionGrow: training_step gives no loss outside of its Trainer, so the learning rates stay as they are."
         )
         return {}, {}
-    if trainer.world_size > 1:  # each rank has its own batch
-        gradient = {name: trainer.strategy.reduce(tensor, reduce_op="mean") for name, tensor in gradient.items()}
+    mean = mean_over_ranks(trainer)
+    if mean is not None:  # each rank has its own batch
+        gradient = {name: mean(tensor) for name, tensor in gradient.items()}
     sources = [donors[fusion.op.sources.index(source)].state_dict() for source in range(fusion.op.number_of_sources)]
     named = {plain_name(name): parameter for name, parameter in module.named_parameters()}
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
 
 from lightning_sop.callbacks._growing_shape import growing
 from lightning_sop.callbacks._plain_copy import plain_copy
@@ -60,6 +62,11 @@ def moment_of(trainer: Trainer, metrics: Mapping[str, float]) -> Moment:
         optimizers = 1 if trainer.lightning_module.automatic_optimization else len(trainer.optimizers)
         totals.append(epochs * math.ceil(batches / trainer.accumulate_grad_batches) * optimizers)
     return Moment(trainer.global_step, min(totals, default=None), metrics)
+
+
+def mean_over_ranks(trainer: Trainer) -> Callable[[Tensor], Tensor] | None:
+    """The mean of a tensor over all processes, as a function; None where there is one process."""
+    return None if trainer.world_size == 1 else partial(trainer.strategy.reduce, reduce_op="mean")
 
 
 def metrics_of(trainer: Trainer) -> dict[str, float]:

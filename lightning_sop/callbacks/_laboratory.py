@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_sop.callbacks._carry_over import combined, remembered_by
 from lightning_sop.callbacks._fresh_batches import UnreadableAgainError, fresh_batches
 from lightning_sop.callbacks._growing import SELF, Donor, networks_of, wider
-from lightning_sop.callbacks._growing_run import calls_of_step, moment_of, shared, silent
+from lightning_sop.callbacks._growing_run import calls_of_step, mean_over_ranks, moment_of, shared, silent
 from lightning_sop.callbacks._growing_shape import growing
 from lightning_sop.callbacks._plain_copy import plain_copy
 from lightning_sop.callbacks._step_loss import check_loss, choice_options
@@ -71,9 +71,12 @@ class RunLaboratory:
                 check_loss(trainer, module, batch, index)
             if type(schedule).consider is not Schedule.consider:  # it may want to
                 self._test(trainer, module, batch, index)
+        if not wanted:  # as at most steps
+            self.close()
+            return None
         with LateBar(trainer, "Growth tried out") as bar:
-            found = self._batches(trainer, wanted, bar) if wanted else None
-            self._keeping = bool(wanted) and found is None
+            found = self._batches(trainer, wanted, bar)
+            self._keeping = found is None
             if found is None:
                 return None
             self._kept.clear()
@@ -106,7 +109,7 @@ class RunLaboratory:
                 f"others cannot be drawn: {reason}. A step lowers the gradient on its own batch, so growth/T comes out too "
                 "large; growth/gain, from training copies, decides."
             )
-        return (list(self._kept), []) if len(self._kept) >= wanted else None
+        return (list(self._kept)[-wanted:], []) if len(self._kept) >= wanted else None
 
     def close(self) -> None:
         """Let go of the batches."""
@@ -142,7 +145,7 @@ class RunLaboratory:
             batches_per_step=trainer.accumulate_grad_batches,
             warm_up=self._event.warm_up,
             duplicate=_plain,
-            mean=None if trainer.world_size == 1 else lambda t: _mean(trainer, t),
+            mean=mean_over_ranks(trainer),
             clip=None if not trainer.gradient_clip_val else lambda parameters: _clip(trainer, parameters),
             progress=bar.show,
         )
@@ -190,11 +193,6 @@ def _loss(trainer: Trainer, network: nn.Module, batch: tuple[Any, int]) -> Tenso
 def _plain(module: nn.Module) -> nn.Module:
     assert isinstance(module, LightningModule)
     return plain_copy(module)
-
-
-def _mean(trainer: Trainer, tensor: Tensor) -> Tensor:
-    reduced: Tensor = trainer.strategy.reduce(tensor, reduce_op="mean")
-    return reduced
 
 
 def _clip(trainer: Trainer, parameters: Sequence[nn.Parameter]) -> None:

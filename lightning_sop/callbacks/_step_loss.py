@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_sop.callbacks._growing_run import silent
+from lightning_sop.callbacks._growing_run import mean_over_ranks, silent
 from lightning_sop.callbacks._plain_copy import plain_copy
 from lightning_sop.callbacks._training_step import loss_of
 from lightning_sop.deploy.replay import first_floating, isolated_random_state, map_tensors
@@ -40,7 +40,7 @@ def choice_options(
     if event.widen != "gradmax":
         return {}
     check_loss(trainer, module, batch, index)
-    mean = None if trainer is None or trainer.world_size == 1 else partial(_mean, trainer)
+    mean = None if trainer is None else mean_over_ranks(trainer)
     return {"loss": partial(loss_of_step, batch=batch, index=index), "mean": mean}
 
 
@@ -94,8 +94,3 @@ def frozen_as(module: LightningModule, network: LightningModule) -> Iterator[Non
     finally:
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(before[name])
-
-
-def _mean(trainer: Trainer, tensor: Tensor) -> Tensor:
-    reduced: Tensor = trainer.strategy.reduce(tensor, reduce_op="mean")
-    return reduced

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ from lightning_sop import BackwardErrorSchedule, DeepFusionGrow
 from lightning_sop.growth import Evidence, Laboratory, Moment
 from lightning_sop.growth.advisor import Trial
 from tests.callbacks.growing import Growable
-from tests.callbacks.helpers import fit, same_tensors, seeded
+from tests.callbacks.helpers import fit, run_script, same_tensors, seeded
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning"),
@@ -232,12 +229,7 @@ torch.save({{**content, "weights": dict(model.named_parameters())}}, {folder!r} 
 
 
 def test_two_ranks_decide_alike(tmp_path: Path) -> None:
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT.format(root=os.getcwd(), folder=str(tmp_path)))
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "LOCAL_RANK"))}
-    command = [sys.executable, "-W", "ignore", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(tmp_path, SCRIPT)
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert one["found"] and one["found"] == two["found"] and one["state"] == two["state"]
     assert one["grown_at"] == two["grown_at"] and one["losses"] != two["losses"]  # each rank has its own data
