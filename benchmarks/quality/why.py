@@ -30,6 +30,7 @@ from benchmarks.quality.place import Place
 from benchmarks.quality.plan import Results, Run, finals
 from lightning_sop import MajorityKernels, SimulatedOverparam
 from lightning_sop.callbacks._plain_copy import plain_copy
+from lightning_sop.dynamics.kernels import predicted_amplification
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Direction = Sequence[Tensor]
@@ -102,12 +103,12 @@ def gaps(
     return found
 
 
-def differences(forms: Sequence[Any], generator: torch.Generator, draws: int) -> list[list[Tensor]]:
-    """W(v) minus the mean kernel, for draws of the method's own."""
+def differences(forms: Sequence[Any], generator: torch.Generator, draws: int, progress: float) -> list[list[Tensor]]:
+    """W(v) minus the mean kernel, for draws of the method's own at that part of the training."""
     method = forms[0].method
     found = []
     for _ in range(draws):
-        mixes = method.draw([form.site for form in forms], generator, 0.0)
+        mixes = method.draw([form.site for form in forms], generator, progress)
         pairs = zip(forms, mixes, strict=True)
         found.append(
             [
@@ -116,12 +117,6 @@ def differences(forms: Sequence[Any], generator: torch.Generator, draws: int) ->
             ]
         )
     return found
-
-
-def measured_amplification(method: MajorityKernels, draws: int = 20_000) -> float:
-    """A = k E‖v‖² of a method's draws."""
-    mixes = method._simplex(draws, torch.Generator().manual_seed(0))
-    return method.factor * float(mixes.square().sum(0).mean())
 
 
 def own_rates(optimizer: Any, weight: nn.Parameter) -> Tensor:
@@ -173,7 +168,8 @@ class Probe(Callback):
         row = {**found, "rate": rate, "preconditioned": precondition}
         if forms:
             method = cast(MajorityKernels, forms[0].method)
-            directions = differences(forms, self._generator, self.draws)
+            progress = cast(Any, ours).engine.progress
+            directions = differences(forms, self._generator, self.draws, progress)
             bent = curvature(twin, weights, batches, self.loss, directions)
             group = optimizer.param_groups[0]
             decay = group.get("weight_decay", 0.0) * rate / (1 - group.get("momentum", 0.0))
@@ -182,7 +178,7 @@ class Probe(Callback):
                 decay / 2 * sum(float((d.square() / h.clamp_min(1e-12)).sum()) for d, h in zip(d_all, rates, strict=True))
                 for d_all in directions
             ]
-            amplification = measured_amplification(method)
+            amplification = predicted_amplification(method.draw_name, method.factor, method.alpha, method.strength(progress))
             row |= {
                 "amplification": amplification,
                 "curvature": statistics.mean(bent),

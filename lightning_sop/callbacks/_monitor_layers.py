@@ -63,10 +63,8 @@ class Target:
         method = self.kernels
         if method is None or self.engine is None:
             return None
-        kept = 1.0
-        if method.anneal and self.engine.progress > 1 - method.anneal:
-            kept = max(0.0, (1 - self.engine.progress) / method.anneal)
-        return predicted_amplification(method.draw_name, method.factor, method.alpha, kept)
+        strength = method.strength(self.engine.progress)
+        return predicted_amplification(method.draw_name, method.factor, method.alpha, strength)
 
     def layer(self, *, copy: bool) -> Layer:
         """What the quantities are measured of, before a step; with a weight of its own if ``copy`` asks for that."""

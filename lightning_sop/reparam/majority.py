@@ -122,13 +122,19 @@ class MajorityKernels(Method):
         else:
             widths = [1] if self.granularity == "step" else [1] * len(sites)
         mixes = self._simplex(sum(widths), generator)
-        if self.anneal and progress > 1 - self.anneal:
-            kept = max(0.0, (1 - progress) / self.anneal)
-            mixes = 1 / self.factor + kept * (mixes - 1 / self.factor)
+        strength = self.strength(progress)
+        if strength < 1:
+            mixes = 1 / self.factor + strength * (mixes - 1 / self.factor)
         if self.granularity == "out_channel":
             return list(torch.split(mixes, widths, dim=1))
         columns = list(mixes.unbind(1))
         return columns * len(sites) if self.granularity == "step" else columns
+
+    def strength(self, progress: float) -> float:
+        """What ``anneal`` leaves of the mix's deviation from the mean, when that part of the training is done."""
+        if not self.anneal or progress <= 1 - self.anneal:
+            return 1.0
+        return max(0.0, (1 - progress) / self.anneal)
 
     def _simplex(self, count: int, generator: torch.Generator) -> Tensor:
         """``count`` draws as columns of a ``(k, count)`` tensor."""
