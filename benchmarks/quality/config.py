@@ -131,6 +131,7 @@ class Variant:
     Attributes:
         name: of the row.
         method: what it trains with.
+        title: in tables; its method's if it has that name, else its own name.
         fixed: options that are not tuned.
         tuned: name of the variant whose chosen setting it takes, of another study as ``study/variant``; its own by default.
         scale: what numbers of that setting are multiplied by.
@@ -142,6 +143,7 @@ class Variant:
 
     name: str
     method: str
+    title: str = ""
     fixed: Setting = field(default_factory=dict)
     tuned: str | None = None
     scale: dict[str, float] = field(default_factory=dict)

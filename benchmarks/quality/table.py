@@ -16,7 +16,7 @@ from benchmarks.quality.stats import Interval, interval, paired
 
 AGAINST = ("ema", "swa", "k_average", "distilled")
 """Besides plain, what Majority Kernels is compared with."""
-OURS = ("majority_kernels_fixed", "majority_kernels")
+OURS = "majority_kernels"
 NOTHING = "-"
 PLAIN = "plain"
 
@@ -94,7 +94,7 @@ def rows(study: Study, task: Task, results: Results) -> dict[str, Row]:
         found[variant.name] = Row(
             variant,
             task,
-            method.title if variant.name == variant.method else variant.name,
+            variant.title or (method.title if variant.name == variant.method else variant.name),
             len(tried),
             study.source(variant)[0].trials,
             sum(not math.isfinite(score(result)) for result in tried),
