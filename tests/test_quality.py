@@ -19,7 +19,7 @@ pytest.importorskip("sklearn")
 from scipy import stats as scipy_stats
 
 from benchmarks.quality import plan as planning
-from benchmarks.quality.config import settings
+from benchmarks.quality.config import Variant, settings
 from benchmarks.quality.place import Place
 from benchmarks.quality.reading import read_study
 from benchmarks.quality.stats import interval, paired
@@ -209,10 +209,42 @@ def test_settings_are_chosen_by_validation_and_diverged_trials_are_not(study):
     assert not [slot for slot in planning.plan(study, diverged) if slot.variant == plain and slot.phase == "final"]
 
 
+def test_the_best_rate_is_bracketed(study):
+    study = replace(study, trials=2, refinements=3)
+    task, plain = study.tasks["tiny"], study.variants["plain"]
+    loss = {}  # by rate; the best one is near 0.013
+
+    def go_on():
+        runs = planning.trials(study, task, plain, results)
+        for run in runs:
+            rate = run.setting["lr"]
+            assert loss.setdefault(rate, abs(math.log(rate / 0.013))) == abs(math.log(rate / 0.013))
+            results[run.key] = fake(run, loss[rate], status="failed" if rate > 0.015 else "done")
+        return [run.setting["lr"] for run in runs]
+
+    results = {}
+    go_on()
+    # all that is known of the others is how many they are
+    slots = [slot for slot in planning.plan(study, {}) if slot.variant == plain and slot.phase == "tune"]
+    assert [slot.run is None for slot in slots] == [False] * 2 + [True] * 6
+    first = go_on()
+    assert first[0] == 0.01  # the default; the drawn one is worse
+    assert first[2:] == [0.005, 0.02]
+    assert planning.choice(study, task, plain, results) is None
+    assert go_on()[4:] == [0.007071, 0.01414]  # 0.02 diverged
+    rates = go_on()
+    assert rates[6:] == [0.01189, 0.01682]  # half-way to 0.01 and to 0.02
+    others = [{**run.setting, "lr": 0} for run in planning.trials(study, task, plain, results)]
+    assert all(other == others[0] for other in others[2:])
+    assert planning.choice(study, task, plain, results).setting["lr"] == min(loss, key=loss.get)
+    fixed = replace(plain, fixed={"lr": 0.003})  # nothing to bracket
+    assert {run.setting["lr"] for run in planning.trials(study, task, fixed, {})} == {0.003}
+
+
 def test_methods_try_the_same_quantiles_beginning_with_the_default(study):
     study = replace(study, trials=11)
     task = study.tasks["tiny"]
-    plain, ours = (settings(study, task, study.variants[name]) for name in planning_names())
+    plain, ours = (settings(study, task, Variant(name, name)) for name in ("plain", "majority_kernels_tuned"))
 
     assert len(plain) == len(ours) == 11
     assert plain[0] == {"lr": 0.01, "dropout": 0.0, "epochs": 2}
@@ -287,6 +319,6 @@ def test_the_core_study_can_be_planned():
     counts = {}
     for slot in slots:
         counts.setdefault((slot.task, slot.variant.name, slot.phase), []).append(slot.index)
-    assert {len(indices) for (*_, phase), indices in counts.items() if phase == "tune"} == {study.trials}
+    assert {len(indices) for (*_, phase), indices in counts.items() if phase == "tune"} == {study.all_trials}
     assert {len(indices) for (*_, phase), indices in counts.items() if phase == "final"} == {5}
     assert not {slot.run.seed for slot in slots if slot.run} & set(study.seeds)

@@ -33,8 +33,9 @@ def chosen(study):  # noqa: F811
     results = {}
     for task in study.tasks.values():
         for variant in study.known.values():
-            for number, run in enumerate(planning.trials(study, task, variant, results)):
-                results[run.key] = fake(run, 0.1 + number)
+            for _ in range(1 + study.refinements):
+                for number, run in enumerate(planning.trials(study, task, variant, results)):
+                    results[run.key] = fake(run, 0.1 + number)
     return results
 
 

@@ -162,7 +162,8 @@ class Study:
         title: of the table.
         tasks: to run on.
         stages: variants in the order in which they are run.
-        trials: settings that are tried for each variant that is tuned.
+        trials: settings that are drawn and tried for each variant that is tuned.
+        refinements: pairs of further trials, around the learning rate of the best one so far.
         tuning_seed: of those trials.
         seeds: of the final runs.
         methods: by name.
@@ -179,6 +180,7 @@ class Study:
     seeds: list[int]
     methods: dict[str, Method]
     bases: dict[str, Study] = field(default_factory=dict, repr=False)
+    refinements: int = 0
     wanted: frozenset[str] | None = None
 
     @property
@@ -190,6 +192,11 @@ class Study:
     def known(self) -> dict[str, Variant]:
         """All; the others' networks and settings may be needed."""
         return {variant.name: variant for stage in self.stages for variant in stage}
+
+    @property
+    def all_trials(self) -> int:
+        """Settings that are tried for each variant."""
+        return self.trials + 2 * self.refinements
 
     @property
     def files(self) -> list[str]:
@@ -241,6 +248,29 @@ def settings(study: Study, task: Task, variant: Variant) -> list[Setting]:
             setting = {name: option.default for name, option in space.items()}
         found.append({**setting, **variant.fixed})
     return found
+
+
+RATE = "lr"
+
+
+def refined(tried: Sequence[tuple[Setting, float]], fixed: Setting) -> list[Setting]:
+    """Two further settings: the best one so far, with half and with twice its rate.
+
+    Where a rate up to that one was tried already, half-way to it on a logarithmic scale.
+
+    Args:
+        tried: settings with their validation losses.
+        fixed: options that are not tuned.
+    """
+    best = min(tried, key=lambda pair: pair[1])[0]
+    if RATE in fixed or RATE not in best:
+        return [best, best]
+    others = {name: value for name, value in best.items() if name != RATE}
+    alike = (setting for setting, _ in tried if {**setting, RATE: 0} == {**others, RATE: 0})
+    ratios = [setting[RATE] / best[RATE] for setting in alike]
+    below = max((ratio for ratio in ratios if 0.49 < ratio < 1), default=0.25)
+    above = min((ratio for ratio in ratios if 1 < ratio < 2.04), default=4.0)
+    return [{**best, RATE: float(f"{best[RATE] * math.sqrt(ratio):.4g}")} for ratio in (below, above)]
 
 
 BLOCK = 8  # trials that cover each option's range evenly

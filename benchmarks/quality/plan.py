@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.quality.config import Setting, Study, Task, Variant, resolve, settings
+from benchmarks.quality.config import Setting, Study, Task, Variant, refined, resolve, settings
 from benchmarks.quality.keys import Config, digest, get, put
 
 PROTOCOL = 1
@@ -161,8 +161,9 @@ def teachers_of(study: Study, task: Task, variant: Variant, results: Results, se
 
 
 def trials(study: Study, task: Task, variant: Variant, results: Results | None = None) -> list[Run]:
-    """The runs among which a variant's setting is chosen; empty as long as its teachers are not known.
+    """The runs among which a variant's setting is chosen, as far as they are known: some depend on the results of others.
 
+    None are known before the teachers are.
     A method that trains nothing has its teachers' setting, and those had their trials: none of its own.
     """
     home, tuned = study.source(variant)
@@ -173,17 +174,34 @@ def trials(study: Study, task: Task, variant: Variant, results: Results | None =
     teachers = teachers_of(home, task, tuned, results or {}, home.tuning_seed)
     if teachers is None:
         return []
-    made = settings(home, task, tuned)
-    return [make_run(home, task, tuned, TUNE, setting, home.tuning_seed, teachers=teachers) for setting in made]
+
+    def runs_of(made: list[Setting]) -> list[Run]:
+        return [make_run(home, task, tuned, TUNE, setting, home.tuning_seed, teachers=teachers) for setting in made]
+
+    found = runs_of(settings(home, task, tuned))
+    for _ in range(home.refinements):
+        if not _finished(found, results or {}):
+            break
+        found += runs_of(refined([(run.setting, score(results[run.key])) for run in found], tuned.fixed))
+    return found
+
+
+def _finished(runs: Sequence[Run], results: Results) -> bool:
+    return all(run.key in results for run in runs)
 
 
 def choice(study: Study, task: Task, variant: Variant, results: Results) -> Run | None:
     """The trial with the lowest validation loss; None as long as trials are missing, or if all of them diverged."""
     runs = trials(study, task, variant, results)
-    if not runs or any(run.key not in results for run in runs):
+    if not runs or len(runs) < wanted_trials(study, variant) or not _finished(runs, results):
         return None
     best = min(runs, key=lambda run: score(results[run.key]))
     return best if math.isfinite(score(results[best.key])) else None
+
+
+def wanted_trials(study: Study, variant: Variant) -> int:
+    """How many choose a variant's setting; those of its teachers for a method that trains nothing."""
+    return study.source(variant)[0].all_trials
 
 
 def score(result: Mapping[str, Any]) -> float:
@@ -257,9 +275,9 @@ def _slots(study: Study, results: Results) -> Iterator[Slot]:
             rows = [row for row in stage if row.name in study.variants]
             searched = [row for row in rows if row.tuned is None and study.methods[row.method].derive not in UNTRAINED]
             tried = {row.name: trials(study, task, row, results) for row in searched}
-            for trial in range(study.trials):
+            for trial in range(study.all_trials):
                 for row in searched:
-                    attempt = tried[row.name][trial] if tried[row.name] else None
+                    attempt = tried[row.name][trial] if trial < len(tried[row.name]) else None
                     yield from _with_needs(study, Slot(task.name, row, TUNE, trial, attempt))
             last = {row.name: finals(study, task, row, results) for row in rows}
             for seed in study.seeds:
@@ -288,5 +306,7 @@ def _with_needs(study: Study, slot: Slot) -> Iterator[Slot]:
 
 def _hopeless(study: Study, task: Task, variant: Variant, results: Results) -> bool:
     """Whether all trials diverged: nothing can be chosen then."""
-    found = [results.get(run.key) for run in trials(study, task, variant, results)]
-    return bool(found) and all(result is not None and not math.isfinite(score(result)) for result in found)
+    found = trials(study, task, variant, results)
+    if len(found) < wanted_trials(study, variant) or not _finished(found, results):
+        return False
+    return all(not math.isfinite(score(results[run.key])) for run in found)

@@ -31,7 +31,8 @@ def read_study(name: str) -> Study:
     if tuning_seed in seeds:
         raise StudyError(f"{path}: the tuning seed {tuning_seed} is one of the final seeds")
     trials = int(document.get("trials", 0))
-    study = Study(path.stem, document["title"], tasks, stages, trials, tuning_seed, seeds, methods, bases)
+    refinements = int(document.get("refinements", 0))
+    study = Study(path.stem, document["title"], tasks, stages, trials, tuning_seed, seeds, methods, bases, refinements)
     for variant in study.known.values():  # a name that is not there is told now
         study.source(variant)
         for task in tasks if variant.tuned else ():

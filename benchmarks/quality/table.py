@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.quality.config import Setting, Study, Task, Variant
 from benchmarks.quality.costs import spent
-from benchmarks.quality.plan import UNTRAINED, Results, chosen, finals, score, trials
+from benchmarks.quality.plan import UNTRAINED, Results, chosen, finals, score, trials, wanted_trials
 from benchmarks.quality.stats import Interval, interval, paired
 
 AGAINST = ("ema", "swa", "k_average", "distilled")
@@ -96,7 +96,7 @@ def rows(study: Study, task: Task, results: Results) -> dict[str, Row]:
             task,
             variant.title or (method.title if variant.name == variant.method else variant.name),
             len(tried),
-            study.source(variant)[0].trials,
+            wanted_trials(study, variant),
             sum(not math.isfinite(score(result)) for result in tried),
             setting,
             {seed: result for seed, result in ended.items() if result["status"] == "done"},
@@ -171,12 +171,14 @@ def _quality(found: dict[str, Row]) -> Iterator[str]:
 
 def _comparisons(found: dict[str, Row]) -> Iterator[str]:
     """Majority Kernels against more than plain."""
-    for ours in (found[name] for name in OURS if name in found):
-        label, factor, digits = score_form(ours.task)
-        for other in (found[name] for name in AGAINST if name in found):
-            loss = _difference(ours, other, "test_loss", 1, 4)
-            accuracy = _difference(ours, other, score_name(ours.task), factor, digits)
-            yield f"- {ours.title} minus {other.title}: test loss {loss}, test {label} {accuracy}"
+    if OURS not in found:
+        return
+    ours = found[OURS]
+    label, factor, digits = score_form(ours.task)
+    for other in (found[name] for name in AGAINST if name in found):
+        loss = _difference(ours, other, "test_loss", 1, 4)
+        accuracy = _difference(ours, other, score_name(ours.task), factor, digits)
+        yield f"- {ours.title} minus {other.title}: test loss {loss}, test {label} {accuracy}"
 
 
 def _costs(found: dict[str, Row]) -> Iterator[str]:
@@ -204,9 +206,9 @@ def method_of(study: Study) -> str:
     """How the numbers came about."""
     searched = [row for row in study.known.values() if row.tuned is None]
     settings = (
-        f"Each row's setting is the best of {study.trials} trials by validation loss, on seed {study.tuning_seed}, which "
-        "no other run has; the first trial is the task's default. Rows that are made of trained networks and train nothing "
-        "have the setting, and the trials, of those. "
+        f"Each row's setting is the best of {study.all_trials} trials by validation loss, on seed {study.tuning_seed}, "
+        f"which no other run has. The first trial is the task's default{refinement(study)}. Rows that are made of trained "
+        "networks and train nothing have the setting, and the trials, of those. "
         if searched
         else f"Settings are those chosen in {', '.join(study.bases)} by validation loss, but for what the rows are about. "
     )
@@ -216,6 +218,13 @@ def method_of(study: Study) -> str:
         "loss; the test was read once, for that epoch. Mean ± 95 % interval (Student's t) over seeds; differences are "
         "paired by seed. **Bold**: the interval excludes 0; nothing is corrected for the number of comparisons."
     )
+
+
+def refinement(study: Study) -> str:
+    """How trials go on from the random ones."""
+    if not study.refinements:
+        return ""
+    return f", {study.trials - 1} are drawn, and {2 * study.refinements} bracket the learning rate of the best so far"
 
 
 def missing(table: dict[str, dict[str, Row]]) -> str:
