@@ -29,6 +29,11 @@ COSTS = (
     "backward; mixing kernels, averaging weights and estimating BatchNorm anew are in the seconds only."
 )
 
+SUMMARY = (
+    "Difference of test loss, then of the score, to the row that a row is compared with: plain, if nothing else is said. "
+    "Scores are accuracy in points, where more is better, or perplexity. Details, costs and settings are below, by task."
+)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -142,6 +147,9 @@ def render(
     yield f"Made by `{command}`. {environments(results)}"
     yield method_of(study)
     yield from ("", missing(table))
+    if len(table) > 1:
+        yield from ("", "## All tasks", "", SUMMARY, "")
+        yield from summary(table)
     for name, found in table.items():
         task = study.tasks[name]
         yield from ("", f"## {name}", "", f"{task.title}.", "")
@@ -152,6 +160,21 @@ def render(
         yield from _costs(found)
     for picture in pictures:
         yield from ("", f"![{Path(picture).stem}]({picture})")
+
+
+def summary(table: dict[str, dict[str, Row]]) -> Iterator[str]:
+    """One line for each row, with a column for each task."""
+    yield from _head(["method", *table])
+    for name in dict.fromkeys(name for found in table.values() for name in found):
+        cells = [next(found[name].title for found in table.values() if name in found)]
+        for found in table.values():
+            row, other = found.get(name), found.get(found[name].variant.against) if name in found else None
+            if row is None or row is other:
+                cells.append("")
+                continue
+            loss = _difference(row, other, "test_loss", 1, 4)
+            cells.append(loss if loss == NOTHING else f"{loss}; {_difference(row, other, *_score(row.task))}")
+        yield _line(cells)
 
 
 def _quality(found: dict[str, Row]) -> Iterator[str]:
@@ -165,7 +188,7 @@ def _quality(found: dict[str, Row]) -> Iterator[str]:
         cells += [_text(interval(list(row.metric(name).values())), 4) for name in ("val_loss", "test_loss")]
         cells.append(_difference(row, plain, "test_loss", 1, 4))
         cells.append(_text(interval([factor * value for value in row.metric(score_name(row.task)).values()]), digits))
-        cells.append(_difference(row, plain, score_name(row.task), factor, digits))
+        cells.append(_difference(row, plain, *_score(row.task)))
         yield _line(cells)
 
 
@@ -174,11 +197,10 @@ def _comparisons(found: dict[str, Row]) -> Iterator[str]:
     if OURS not in found:
         return
     ours = found[OURS]
-    label, factor, digits = score_form(ours.task)
+    label, *_ = score_form(ours.task)
     for other in (found[name] for name in AGAINST if name in found):
-        loss = _difference(ours, other, "test_loss", 1, 4)
-        accuracy = _difference(ours, other, score_name(ours.task), factor, digits)
-        yield f"- {ours.title} minus {other.title}: test loss {loss}, test {label} {accuracy}"
+        loss, points = _difference(ours, other, "test_loss", 1, 4), _difference(ours, other, *_score(ours.task))
+        yield f"- {ours.title} minus {other.title}: test loss {loss}, test {label} {points}"
 
 
 def _costs(found: dict[str, Row]) -> Iterator[str]:
@@ -252,6 +274,11 @@ def score_name(task: Task) -> str:
 def score_form(task: Task) -> tuple[str, float, int]:
     """What the score is called in tables, by what it is multiplied, and its digits."""
     return ("accuracy, %", 100.0, 2) if task.score == "acc" else (task.score, 1.0, 3)
+
+
+def _score(task: Task) -> tuple[str, float, int]:
+    """The score's name, by what it is multiplied, and its digits."""
+    return score_name(task), *score_form(task)[1:]
 
 
 def loss_unit(task: Task) -> str:

@@ -58,6 +58,24 @@ def test_any_gradient_scale_moves_the_mean_kernel_in_proportion(scale: float, de
 
 
 @DRAWS
+def test_adam_moves_the_mean_kernel_by_the_root_of_a_less(draw: str) -> None:
+    """Under a constant gradient each plain weight moves by the learning rate, the mean kernel by that over √A."""
+    model = torch.nn.Linear(1, 400, bias=False, dtype=torch.float64)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    engine = expand_(model, optimizer, MajorityKernels(4, draw, granularity="out_channel", anneal=0.0), seed=0)
+    (form,) = engine.forms.values()
+    steps, moved = 100, 0.0
+    for step in range(1000 + steps):  # first, the second moments become those of the draw
+        before = form.collapsed()
+        optimizer.zero_grad()
+        model.weight.sum().backward()
+        optimizer.step()
+        if step >= 1000:
+            moved += float((before - form.collapsed()).mean()) / (1e-3 * steps)
+    assert moved == pytest.approx(1 / math.sqrt(amplification(drawn(draw, 10_000, 4))), rel=0.01)
+
+
+@DRAWS
 @pytest.mark.parametrize("k", [2, 4])
 def test_the_first_mixed_weight_has_a_times_the_variance(draw: str, k: int) -> None:
     """For a Gaussian weight of variance σ², init="independent" gives mixes of variance A σ² on average."""
