@@ -202,6 +202,12 @@ def test_phrases_of_held_out_sentences_are_not_trained_on(tmp_path):
     again = Sst2(tmp_path, vocabulary=50, context=10, val_size=10)
     again.setup()
     assert torch.equal(again._splits["val"].tokens, val.tokens)
+    few = Sst2(tmp_path, vocabulary=200, context=10, val_size=10, first=20)
+    few.setup()
+    assert len(few._splits["train"]) == 20
+    assert torch.equal(few._splits["val"].labels, val.labels)
+    with pytest.raises(DataError, match="first=101: there are 100 sentences"):
+        Sst2(tmp_path, val_size=10, first=101).setup()
     with pytest.raises(DataError, match="no readable table"):
         Sst2(tmp_path / "elsewhere").setup()
 

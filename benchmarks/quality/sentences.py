@@ -53,6 +53,7 @@ class Sst2(SplitDataModule):
         batch_size: sentences per batch.
         val_size: sentences held out.
         seed: of that choice.
+        first: how many of the others are trained on; default all.
     """
 
     overlap = 4
@@ -66,8 +67,10 @@ class Sst2(SplitDataModule):
         batch_size: int = 64,
         val_size: int = 2000,
         seed: int = 0,
+        first: int | None = None,
     ) -> None:
         super().__init__()
+        self.first = first
         self.root, self.vocabulary, self.context = Path(root), vocabulary, context
         self.batch_size, self.val_size, self.seed, self.num_workers = batch_size, val_size, seed, 0
         self._splits: dict[str, Encoded] = {}
@@ -88,6 +91,10 @@ class Sst2(SplitDataModule):
             for number, row in enumerate(rows)
             if number not in out and not any(part in seen for part in runs_of(row[0], self.overlap))
         ]
+        if self.first is not None:
+            if not 0 < self.first <= len(train):
+                raise DataError(f"first={self.first}: there are {len(train)} sentences besides those held out")
+            train = train[: self.first]
         words = Counter(word for row, _ in train for word in row).most_common(self.vocabulary - 2)
         numbers = {word: number for number, (word, _) in enumerate(words, start=2)}
         for split, part in (("train", train), ("val", val), ("test", test)):
