@@ -65,6 +65,11 @@ class Row:
         """By seed."""
         return {seed: result["metrics"][name] for seed, result in self.done.items()}
 
+    @property
+    def last_losses(self) -> list[float]:
+        """Validation losses of the last epochs, which early stopping does not keep; none where nothing was trained."""
+        return [result["metrics"]["last"]["val_loss"] for result in self.done.values() if "last" in result["metrics"]]
+
     def cost(self, name: str) -> float:
         """Mean over final runs, with their teachers; NaN where it is not known."""
         values = [spent(result, name) for result in self.done.values()]
@@ -181,10 +186,11 @@ def _quality(found: dict[str, Row]) -> Iterator[str]:
     label, factor, digits = score_form(next(iter(found.values())).task)
     unit = loss_unit(next(iter(found.values())).task)
     to = "difference to plain" if all(row.variant.against == PLAIN for row in found.values()) else "difference"
-    yield from _head(["method", "runs", f"val loss{unit}", f"test loss{unit}", to, f"test {label}", to])
+    losses = [f"{name}{unit}" for name in ("val loss of the last epoch", "val loss", "test loss")]
+    yield from _head(["method", "runs", *losses, to, f"test {label}", to])
     for row in found.values():
         plain = found.get(row.variant.against)
-        cells = [row.title, progress(row)]
+        cells = [row.title, progress(row), _text(interval(row.last_losses), 4)]
         cells += [_text(interval(list(row.metric(name).values())), 4) for name in ("val_loss", "test_loss")]
         cells.append(_difference(row, plain, "test_loss", 1, 4))
         cells.append(_text(interval([factor * value for value in row.metric(score_name(row.task)).values()]), digits))
@@ -237,7 +243,7 @@ def method_of(study: Study) -> str:
     return (
         f"{settings}Final runs have {len(study.seeds)} seeds; a seed gives every method the same initialization (if it has "
         "the plain network's sizes), validation split and order of the data. A run keeps its epoch of lowest validation "
-        "loss; the test was read once, for that epoch. Mean ± 95 % interval (Student's t) over seeds; differences are "
+        "loss; the test was read once, for that epoch, and the last epoch is in one column only. Mean ± 95 % interval (Student's t) over seeds; differences are "
         "paired by seed. **Bold**: the interval excludes 0; nothing is corrected for the number of comparisons."
     )
 
