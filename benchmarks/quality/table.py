@@ -243,8 +243,9 @@ def method_of(study: Study) -> str:
     return (
         f"{settings}Final runs have {len(study.seeds)} seeds; a seed gives every method the same initialization (if it has "
         "the plain network's sizes), validation split and order of the data. A run keeps its epoch of lowest validation "
-        "loss; the test was read once, for that epoch, and the last epoch is in one column only. Mean ± 95 % interval (Student's t) over seeds; differences are "
-        "paired by seed. **Bold**: the interval excludes 0; nothing is corrected for the number of comparisons."
+        "loss; the test was read once, for that epoch, and the last epoch is in one column only. Mean ± 95 % interval "
+        "(Student's t) over seeds; differences are paired by seed. **Bold**: the interval excludes 0; nothing is corrected "
+        "for the number of comparisons."
     )
 
 
