@@ -29,14 +29,12 @@ class Target:
         parameter: as it is at present.
         out_axis: of output units.
         form: its training form, if it is trained in one that has been built.
-        engine: of the form.
     """
 
     name: str
     parameter: nn.Parameter
     out_axis: int
     form: TrainingForm | None = None
-    engine: Engine | None = None
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -59,11 +57,11 @@ class Target:
 
     @property
     def amplification(self) -> float | None:
-        """A that is predicted for its mixes at this moment; None where it has no kernels."""
+        """A that is predicted for its present mix; None where it has no kernels."""
         method = self.kernels
-        if method is None or self.engine is None:
+        if method is None or self.form is None:
             return None
-        strength = method.strength(self.engine.progress)
+        strength = method.strength(self.form.drawn_at)
         return predicted_amplification(method.draw_name, method.factor, method.alpha, strength)
 
     def layer(self, *, copy: bool) -> Layer:
@@ -95,15 +93,15 @@ def targets_of(trainer: Trainer, module: LightningModule, patterns: Sequence[str
     Raises:
         ValueError: a pattern matches nothing; the message names it.
     """
-    forms = {id(form.weight_or_none): (form, engine) for engine in engines_of(trainer) for form in engine.forms.values()}
+    forms = {id(form.weight_or_none): form for engine in engines_of(trainer) for form in engine.forms.values()}
     found = []
     for name, parameter, axis in _weights(module, set(forms)):
-        form, engine = forms.get(id(parameter), (None, None))
+        form = forms.get(id(parameter))
         if patterns is None and forms and form is None:
             continue
         if form is not None and not form.built:
-            form = engine = None
-        found.append((name, Target(layer_name(name), parameter, axis, form, engine)))
+            form = None
+        found.append((name, Target(layer_name(name), parameter, axis, form)))
     for pattern in patterns or ():
         if not any(matches(pattern, name) for name, _ in found):
             shown = ", ".join(name for name, _ in found[:8]) + (", …" if len(found) > 8 else "")

@@ -156,6 +156,11 @@ class SimulatedOverparam(Callback):
         engine.start(trainer.optimizers)
         show(trainer, self.verbose, plan_table(engine.plan, brief=True))
         describe_run(trainer, self)
+        if _anneals(self.rules) and _progress(trainer) is None:
+            rank_zero_warn(
+                "SimulatedOverparam: annealing needs to know the length of the training; set max_steps, or max_epochs with "
+                "a data loader of known length, or anneal=0 in the method. The mix is not annealed."
+            )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Mixed weights for the training forward."""
@@ -163,7 +168,7 @@ class SimulatedOverparam(Callback):
         self.batchnorm.begin_step()
         if not all(form.built for form in engine.forms.values()):  # unfrozen since, perhaps
             engine.start(trainer.optimizers)
-        engine.progress = _progress(trainer) if _anneals(self.rules) else 0.0
+        engine.progress = (_progress(trainer) or 0.0) if _anneals(self.rules) else 0.0
         if getattr(trainer.fit_loop, "_skip_backward", False):
             engine.mean_in()  # StochasticWeightAveraging's pass for the BatchNorm statistics of its average
         else:
@@ -266,15 +271,11 @@ def _anneals(rules: Sequence[Rule]) -> bool:
     return any(getattr(rule.method, "anneal", 0) for rule in rules)
 
 
-def _progress(trainer: Trainer) -> float:
-    """Part of the training that is done, in [0, 1]."""
+def _progress(trainer: Trainer) -> float | None:
+    """Part of the training that is done, in [0, 1]; None where its length is not known."""
     if trainer.max_steps > 0:
         return min(1.0, trainer.global_step / trainer.max_steps)
     epochs, batches = trainer.max_epochs, trainer.num_training_batches
     if epochs is None or epochs < 0 or batches == float("inf"):
-        rank_zero_warn(
-            "SimulatedOverparam: annealing needs to know the length of the training; set max_steps, or max_epochs with a "
-            "data loader of known length. The mix is not annealed."
-        )
-        return 0.0
+        return None
     return min(1.0, trainer.fit_loop.total_batch_idx / (epochs * batches))

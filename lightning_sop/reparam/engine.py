@@ -135,7 +135,7 @@ class Engine:
             sites = [form.site for form in group]
             mixes = group[0].method.draw(sites, self.generator, self.progress)
             for form, mix in zip(group, mixes, strict=True):
-                form.mix = mix
+                form.mix, form.drawn_at = mix, self.progress
 
     def mix_in(self) -> None:
         """Mixed weights in every layer that is trained: before a training forward."""
@@ -213,6 +213,7 @@ class Engine:
                     "out_axis": form.site.out_axis,
                     "storage": [tensor.detach() for tensor in form.storage],
                     "mix": form.mix,
+                    "drawn_at": form.drawn_at,
                 }
         known = [self._known(optimizer) for optimizer in self.optimizers]
         moments = [{} if cycle is None else dict(cycle.moments) for cycle in known]
@@ -233,6 +234,7 @@ class Engine:
                 form.discard()
             else:
                 form.load(saved["storage"], saved["mix"])
+                form.drawn_at = saved.get("drawn_at", 0.0)  # not in older checkpoints
         self._loaded_moments = list(state["moments"])
         for optimizer, moments in zip(self.optimizers, self._loaded_moments, strict=False):
             if self.held_by(optimizer):

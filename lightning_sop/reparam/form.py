@@ -29,6 +29,7 @@ class TrainingForm(nn.Module):
     live: bool  # an engine trains through this form (never true of a copy)
     mixed: bool  # what the weight holds now: the mix, or the collapsed weight
     mix: Tensor | None  # the mix of the current step
+    drawn_at: float = 0.0  # the part of the training that was done when it was drawn
     storage: list[Tensor]  # the memory of φ
     phi: list[nn.Parameter]  # φ as the optimizer sees it: views of storage
     engine: object  # whoever trains through this form

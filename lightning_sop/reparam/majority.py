@@ -34,10 +34,10 @@ class MajorityKernels(Method):
         alpha: concentration of the Dirichlet draw; larger is closer to the mean. Ignored by the other draws.
         granularity: what shares a mix: each ``"layer"`` has its own, all layers of a ``"step"`` share one, or every
             ``"out_channel"`` of every layer has its own.
-        init: ``"independent"``: kernels W₀ + √k r (εᵢ - ε̄) with εᵢ standard normal and r the root mean square of W₀. For a
+        init: ``"spread"``: kernels W₀ + ``spread`` r (εᵢ - ε̄) with εᵢ standard normal and r the root mean square of W₀.
+            ``"independent"``, not for weights that are trained already: the same with √k instead of ``spread``. For a
             Gaussian W₀ these are k independent Gaussian kernels of k times its variance, so their mean has the variance of
-            the plain initialization. ``"spread"``: the same with ``spread`` instead of √k, for weights that are trained
-            already. Either way the mean of the kernels is W₀, to rounding.
+            the plain initialization. Either way the mean of the kernels is W₀, to rounding.
         spread: relative size of the deviations for ``init="spread"``; 0 starts from k equal copies.
         anneal: last part of the training, in [0, 1], over which the mix shrinks linearly to the mean; 0 never does.
         gradient_scale: s above; None means ``factor``.
@@ -52,9 +52,9 @@ class MajorityKernels(Method):
         draw: Draw = "uniform",
         alpha: float = 1.0,
         granularity: Granularity = "layer",
-        init: Init = "independent",
+        init: Init = "spread",
         spread: float = 0.1,
-        anneal: float = 0.0,
+        anneal: float = 1.0,
         gradient_scale: float | None = None,
     ) -> None:
         if isinstance(factor, bool) or not isinstance(factor, int) or factor < 1:

@@ -64,7 +64,8 @@ class Beside(Callback):
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
         row = self.rows[trainer.global_step]
-        a = predicted_amplification("uniform", K)
+        drawn_at = max(0, trainer.global_step - 1) / 8  # after the step before; the first one before all steps
+        a = predicted_amplification("uniform", K, kept=1 - drawn_at)
         squares = {name: float(p.grad.double().square().sum()) for name, p in pl_module.named_parameters()}
         lr = optimizer.param_groups[0]["lr"]
         row["gradients/norm"] = math.sqrt(sum(squares.values()))
@@ -163,7 +164,8 @@ def test_annealing_is_seen_in_the_prediction(tmp_path: Path) -> None:
     rows = monitored(seeded(Classifier), tmp_path, SimulatedOverparam(method, verbose=False), monitor, max_epochs=2)
     full = predicted_amplification("uniform", K) - 1
     for step, row in rows.items():
-        assert row["kernels/amplification_predicted"] == pytest.approx(1 + (1 - step / 8) ** 2 * full)
+        drawn_at = max(0, step - 1) / 8  # after the step before
+        assert row["kernels/amplification_predicted"] == pytest.approx(1 + (1 - drawn_at) ** 2 * full)
 
 
 def test_the_gradients_scale_is_part_of_the_rate(tmp_path: Path) -> None:

@@ -360,6 +360,26 @@ def test_annealing_ends_at_the_mean(tmp_path: Path) -> None:
     assert max(distance[:7]) > 0.05 and distance[-1] < 0.25 / 8
 
 
+def test_a_training_of_unknown_length_is_not_annealed_and_says_so(tmp_path: Path) -> None:
+    found: dict[float, list[float]] = {}
+
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+            form = pl_module.net[0].weight_form
+            found[form.method.anneal] = form.mix.tolist()
+            trainer.should_stop = trainer.global_step == 3
+
+    def run(anneal: float) -> None:
+        callback = SimulatedOverparam(MajorityKernels(4, anneal=anneal), verbose=False)
+        fit(seeded(Classifier), tmp_path, callback, Stop(), max_epochs=-1)
+
+    with pytest.warns(UserWarning, match="set max_steps, .* or anneal=0") as caught:
+        run(1.0)
+    assert len([warning for warning in caught if "annealing needs" in str(warning.message)]) == 1
+    run(0.0)
+    assert found[1.0] == found[0.0]
+
+
 def test_table_is_printed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rich, "_console", Console(width=160))
     fit(seeded(Classifier), tmp_path, SimulatedOverparam(MajorityKernels(3), verbose=True))

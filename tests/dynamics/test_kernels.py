@@ -74,7 +74,8 @@ def test_a_small_spread_is_not_lost_in_rounding(spread, precision, monkeypatch):
 def test_the_first_kernels_have_a_spread_of_the_root_of_their_number():
     weight = torch.randn(64, 128)
     for k in (2, 5):
-        (kernels,) = MajorityKernels(k).build(weight, Site("weight", (64, 128)), torch.Generator().manual_seed(0))
+        method = MajorityKernels(k, init="independent")
+        (kernels,) = method.build(weight, Site("weight", (64, 128)), torch.Generator().manual_seed(0))
         assert float(kernel_spread(kernels)) == pytest.approx(math.sqrt(k), rel=0.02)
         assert abs(float(mean_cosine(kernels))) < 0.05  # independent kernels are orthogonal
 

@@ -80,7 +80,7 @@ def test_adam_moves_the_mean_kernel_by_the_root_of_a_less(draw: str) -> None:
 def test_the_first_mixed_weight_has_a_times_the_variance(draw: str, k: int) -> None:
     """For a Gaussian weight of variance σ², init="independent" gives mixes of variance A σ² on average."""
     weight = 0.3 * numbers(200, 200)
-    method = MajorityKernels(k, draw)
+    method = MajorityKernels(k, draw, init="independent")
     site = Site("weight", (200, 200))
     (kernels,) = method.build(weight, site, torch.Generator().manual_seed(0))
     mixes = drawn(draw, 100, k)
