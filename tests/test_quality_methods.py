@@ -1,5 +1,7 @@
 """The study's baselines against computations of their own."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,8 @@ from benchmarks.quality.baselines.averaging import EpochAverage, MeanProbability
 from benchmarks.quality.baselines.noise import GradientNoise
 from benchmarks.quality.baselines.steps import amplification, distill, penalize, use_sgd
 from benchmarks.quality.derive import transfer
+from benchmarks.quality.reading import read_study
+from lightning_sop import MajorityKernels
 from lightning_sop.dynamics.flops import flops_of
 from lightning_sop.zoo import MLP, ImageClassifier, LanguageModel
 from tests.test_quality import random_state, study, write_study  # noqa: F401
@@ -128,6 +132,13 @@ def test_swa_holds_the_rate_at_its_floor_and_estimates_batchnorm_anew():
     assert torch.allclose(module.state["norm.running_mean"], seen.mean(0), atol=1e-5)
     variances = torch.stack([part.var(0) for part in seen.split(4)]).mean(0)
     assert torch.allclose(module.state["norm.running_var"], variances, atol=1e-5)
+
+
+def test_the_study_measures_the_defaults():
+    (callback,) = read_study("core").methods["majority_kernels"].callbacks
+    written = callback["init_args"]["method"]["init_args"]
+    defaults = {name: parameter.default for name, parameter in inspect.signature(MajorityKernels).parameters.items()}
+    assert written.items() <= defaults.items()
 
 
 def test_gradient_noise_has_its_variance_and_leaves_other_generators_alone():
