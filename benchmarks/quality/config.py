@@ -131,7 +131,7 @@ class Variant:
     Attributes:
         name: of the row.
         method: what it trains with.
-        title: in tables; its method's if it has that name, else its own name.
+        title: in tables; by default its method's title where it is named after the method, and else its name.
         fixed: options that are not tuned.
         tuned: name of the variant whose chosen setting it takes, of another study as ``study/variant``; its own by default.
         scale: what numbers of that setting are multiplied by.

@@ -201,7 +201,11 @@ def choice(study: Study, task: Task, variant: Variant, results: Results) -> Run 
 
 def wanted_trials(study: Study, variant: Variant) -> int:
     """How many choose a variant's setting; those of its teachers for a method that trains nothing."""
-    return study.source(variant)[0].all_trials
+    home, tuned = study.source(variant)
+    method = home.methods[tuned.method]
+    if method.derive in UNTRAINED and method.teachers is not None:
+        return wanted_trials(home, home.find(method.teachers.of)[1])
+    return home.all_trials
 
 
 def score(result: Mapping[str, Any]) -> float:

@@ -174,7 +174,7 @@ def summary(table: dict[str, dict[str, Row]]) -> Iterator[str]:
         cells = [next(found[name].title for found in table.values() if name in found)]
         for found in table.values():
             row, other = found.get(name), found.get(found[name].variant.against) if name in found else None
-            if row is None or row is other:
+            if row is None or other is None or row is other:
                 cells.append("")
                 continue
             loss = _difference(row, other, "test_loss", 1, 4)

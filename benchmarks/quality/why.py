@@ -5,7 +5,7 @@ with C the covariance of W(v). For SGD at a small rate h this is (h/4)(A - 1) E�
 of a batch at the mean kernel: what is implicitly penalized, A - 1 times what the plain network penalizes. Where the
 optimizer divides by the root of the second moment, the same algebra has Σ h_j g_j² in place of h ‖g‖², with each weight's
 own rate h_j; and with decoupled weight decay λ it is ½ tr((H + diag(λ h / h_j)) C) that has this value. The rate falls
-during training, and the kernels' differences follow it with a delay that is in no formula here.
+during training and the mix is annealed, and the kernels' differences follow both with a delay that is in no formula here.
 """
 
 from __future__ import annotations

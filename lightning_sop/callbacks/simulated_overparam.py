@@ -27,7 +27,7 @@ from lightning_sop.reparam.table import plan_table
 _AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 _WEIGHTS_ONLY = (
     "SimulatedOverparam: a weights-only checkpoint has no optimizer state to resume from. Begin a new run from its weights: "
-    "Model.load_from_checkpoint(path), then fit without ckpt_path, with MajorityKernels(init='spread')."
+    "Model.load_from_checkpoint(path), then fit without ckpt_path, and not with init='independent'."
 )
 
 
@@ -153,10 +153,11 @@ class SimulatedOverparam(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the larger tensors around the weights as they are now, and show the table."""
         engine = self._running()
+        engine.progress = self._progress(trainer)
         engine.start(trainer.optimizers)
         show(trainer, self.verbose, plan_table(engine.plan, brief=True))
         describe_run(trainer, self)
-        if _anneals(self.rules) and _progress(trainer) is None:
+        if _anneals(self.rules) and _part_done(trainer) is None:
             rank_zero_warn(
                 "SimulatedOverparam: annealing needs to know the length of the training; set max_steps, or max_epochs with "
                 "a data loader of known length, or anneal=0 in the method. The mix is not annealed."
@@ -166,9 +167,9 @@ class SimulatedOverparam(Callback):
         """Mixed weights for the training forward."""
         engine = self._running()
         self.batchnorm.begin_step()
+        engine.progress = self._progress(trainer)
         if not all(form.built for form in engine.forms.values()):  # unfrozen since, perhaps
             engine.start(trainer.optimizers)
-        engine.progress = (_progress(trainer) or 0.0) if _anneals(self.rules) else 0.0
         if getattr(trainer.fit_loop, "_skip_backward", False):
             engine.mean_in()  # StochasticWeightAveraging's pass for the BatchNorm statistics of its average
         else:
@@ -204,6 +205,9 @@ class SimulatedOverparam(Callback):
     def _reestimate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with LateBar(trainer, "BatchNorm statistics of the collapsed weights") as bar:
             self.batchnorm.run(pl_module, trainer.precision_plugin.forward_context(), bar.show)
+
+    def _progress(self, trainer: Trainer) -> float:
+        return (_part_done(trainer) or 0.0) if _anneals(self.rules) else 0.0
 
     def _running(self) -> Engine:
         if self.engine is None:
@@ -268,14 +272,16 @@ def _is_overparam(callback: Callback) -> bool:
 
 
 def _anneals(rules: Sequence[Rule]) -> bool:
-    return any(getattr(rule.method, "anneal", 0) for rule in rules)
+    methods = [rule.method for rule in rules]
+    return any(getattr(method, "anneal", 0) and getattr(method, "factor", 2) > 1 for method in methods)
 
 
-def _progress(trainer: Trainer) -> float | None:
+def _part_done(trainer: Trainer) -> float | None:
     """Part of the training that is done, in [0, 1]; None where its length is not known."""
+    parts = []
     if trainer.max_steps > 0:
-        return min(1.0, trainer.global_step / trainer.max_steps)
+        parts.append(trainer.global_step / trainer.max_steps)
     epochs, batches = trainer.max_epochs, trainer.num_training_batches
-    if epochs is None or epochs < 0 or batches == float("inf"):
-        return None
-    return min(1.0, trainer.fit_loop.total_batch_idx / (epochs * batches))
+    if epochs is not None and epochs > 0 and 0 < batches < float("inf"):
+        parts.append(trainer.fit_loop.total_batch_idx / (epochs * batches))
+    return min(1.0, max(parts)) if parts else None

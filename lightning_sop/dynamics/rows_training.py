@@ -103,7 +103,7 @@ KERNELS = (
         "kernels/amplification_predicted",
         "1",
         "scalar",
-        "A = k E‖v‖² of the distribution that mixes are drawn from, as annealed at this step.",
+        "A = k E‖v‖² of the distribution that mixes are drawn from, as annealed when the mix was drawn.",
         _AMPLIFIED,
         per="layer",
         total="mean",
