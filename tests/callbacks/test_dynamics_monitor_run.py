@@ -256,14 +256,14 @@ def test_layers_that_are_unfrozen_come_in(tmp_path: Path) -> None:
 def test_a_resumed_run_logs_what_the_uninterrupted_one_would_have(tmp_path: Path) -> None:
     """Measurements every third step, of an epoch of four: mixes that were drawn before the end of the first part count."""
 
-    def run(folder: str, ckpt: Any = None) -> Any:
-        saved = ModelCheckpoint(tmp_path / folder, filename="{epoch}", save_top_k=-1)
+    def run(ckpt: Any = None) -> Any:
+        saved = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
         monitor = DynamicsMonitor(["*"], every=3, slow=1)
         options = {"max_epochs": 3, "ckpt": ckpt}
         return monitored(seeded(Classifier, shuffle=False, dropout=0.0), tmp_path, overparam(3), monitor, saved, **options)
 
-    whole = run("whole")
-    second = run("parts", tmp_path / "whole" / "epoch=0.ckpt")
+    whole = run()
+    second = run(tmp_path / "epoch=0.ckpt")
     assert set(whole) == {0, 3, 6, 9}
     assert second == {step: whole[step] for step in (6, 9)}
 
