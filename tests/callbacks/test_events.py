@@ -346,16 +346,18 @@ def test_two_callbacks_on_one_layer_are_refused(tmp_path: Path) -> None:
         fit(seeded(Classifier), tmp_path, overparam(2), overparam(4, include=["net.0"]))
 
 
-def test_annealing_ends_at_the_mean(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("epochs", "steps"), [(4, -1), (-1, 16), (4, 1000), (100, 16)])
+def test_annealing_ends_at_the_mean(epochs: int, steps: int, tmp_path: Path) -> None:
+    """The end is that of the steps or of the epochs, whichever comes first."""
     mixes = []
 
     class Look(Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
             mixes.append(pl_module.net[0].weight_form.mix)
 
-    fit(
-        seeded(Classifier), tmp_path, SimulatedOverparam(MajorityKernels(4, anneal=0.5), verbose=False), Look(), max_epochs=4
-    )
+    callback = SimulatedOverparam(MajorityKernels(4, anneal=0.5), verbose=False)
+    fit(seeded(Classifier), tmp_path, callback, Look(), max_epochs=epochs, max_steps=steps)
+    assert len(mixes) == 16
     distance = [float((mix - 0.25).abs().max()) for mix in mixes]
     assert max(distance[:7]) > 0.05 and distance[-1] < 0.25 / 8
 
