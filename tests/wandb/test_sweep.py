@@ -108,7 +108,7 @@ def test_one_of_them_trains(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     written = read(path)
     assert written.tags == ["majority_kernels", "factor=8"] and {"val_loss", "kernels/spread"} <= written.names()
     method = written.config["lightning_sop"]["SimulatedOverparam"]["method"]
-    assert (method["draw"], method["init"]) == ("one_hot", "spread")
+    assert (method["draw"], method["init"]) == ("one_hot", "independent")
 
 
 @pytest.mark.filterwarnings("ignore:Read the `app_url` setting:DeprecationWarning")  # in W&B's client
