@@ -23,11 +23,11 @@ class WriteAndUpload:
 
     write: WriteJob
     trainer: Trainer
+    best: bool  # when it was saved: another thread may write it when the next one is the best already
 
     def __call__(self) -> None:
         self.write()
-        best = is_best(self.trainer, self.write.path)
-        upload(self.trainer, self.write.export.target, self.write.content.receipt, best=best)
+        upload(self.trainer, self.write.export.target, self.write.content.receipt, best=self.best)
 
 
 def job_of(write: WriteJob, trainer: Trainer, when: object) -> Callable[[], None]:
@@ -38,7 +38,7 @@ def job_of(write: WriteJob, trainer: Trainer, when: object) -> Callable[[], None
         trainer: of the run.
         when: the option ``log_artifact``.
     """
-    return WriteAndUpload(write, trainer) if when == "all" else write
+    return WriteAndUpload(write, trainer, is_best(trainer, write.path)) if when == "all" else write
 
 
 def upload_remaining(trainer: Trainer, paths: Iterable[str], format: Format) -> None:
