@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,15 +37,22 @@ class Export:
 
 @dataclass(frozen=True)
 class WriteJob:
-    """Writes a deploy file once its training file is there."""
+    """Writes a deploy file once its training file is there, unless that was removed again in the meantime."""
 
     path: str
     content: DeployContent
     export: Export
     keep_training_file: bool
+    wanted: Callable[[], bool]
 
-    def __call__(self) -> None:
+    def __call__(self) -> bool:
+        """Do it; says whether the file is there."""
+        if not self.wanted():
+            return False
         store.write(self.export.target, self.content, self.export.format)
+        if not self.wanted():  # it was removed before it was there
+            files.remove(self.export.target)
+            return False
         sibling, local = files.local_path(self.path), files.local_path(self.export.target)
         if sibling is not None and local is not None:
             # fit(ckpt_path="last") takes the youngest file whose name starts with "last", and must not take this one.
@@ -54,6 +61,7 @@ class WriteJob:
                 os.utime(local, (moment, moment))
         if not self.keep_training_file:
             files.remove(self.path)
+        return True
 
 
 def proven_content(

@@ -26,11 +26,11 @@ class WriteAndUpload:
     best: bool  # when it was saved: another thread may write it when the next one is the best already
 
     def __call__(self) -> None:
-        self.write()
-        upload(self.trainer, self.write.export.target, self.write.content.receipt, best=self.best)
+        if self.write():
+            upload(self.trainer, self.write.export.target, self.write.content.receipt, best=self.best)
 
 
-def job_of(write: WriteJob, trainer: Trainer, when: object) -> Callable[[], None]:
+def job_of(write: WriteJob, trainer: Trainer, when: object) -> Callable[[], object]:
     """What is to be done once a training checkpoint is written.
 
     Args:

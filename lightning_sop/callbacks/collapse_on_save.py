@@ -148,7 +148,7 @@ class CollapseOnSave(Callback):
 
     # ------------------------------------------------------------------ what DeployCheckpointIO asks for
 
-    def prepare(self, checkpoint: dict[str, Any], path: str) -> Callable[[], None] | None:
+    def prepare(self, checkpoint: dict[str, Any], path: str) -> Callable[[], object] | None:
         """Make the content of the deploy file and prove it; the job that is returned writes it."""
         foreign, self._foreign_keys = self._foreign_keys, frozenset()
         assert self._trainer is not None
@@ -166,12 +166,13 @@ class CollapseOnSave(Callback):
             return None
         self._written[path] = content.receipt
         self._unsynced = True
-        return job_of(WriteJob(path, content, options, self.keep_training_file), self._trainer, self.log_artifact)
+        write = WriteJob(path, content, options, self.keep_training_file, wanted=lambda: path in self._written)
+        return job_of(write, self._trainer, self.log_artifact)
 
     def remove(self, path: str) -> None:
         """The Trainer has removed a checkpoint."""
+        self._written.pop(path, None)  # first: another thread that is about to write the file asks for it afterwards
         files.remove(deploy_path(path, self.format))
-        self._written.pop(path, None)
         self._links.discard(deploy_path(path, self.format))
         self._unsynced = True
 

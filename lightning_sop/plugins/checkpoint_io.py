@@ -12,7 +12,7 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import Strategy
 
-Job = Callable[[], None]
+Job = Callable[[], object]
 
 
 class DeployWriter(Protocol):

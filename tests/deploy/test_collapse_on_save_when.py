@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import threading
+import time
 
 import fsspec
 import pytest
@@ -171,3 +173,28 @@ def test_a_file_that_is_removed_while_it_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "write", write)
     fit(tmp_path, CollapseOnSave(), ModelCheckpoint(tmp_path, filename="x"), max_epochs=1)
     assert names(tmp_path) == ["x.ckpt"]
+
+
+@pytest.mark.parametrize("slow", ["before", "after"])
+def test_a_file_of_a_checkpoint_that_was_removed_before_another_thread_wrote_it(tmp_path, monkeypatch, slow):
+    """The Trainer does not wait for that thread before it removes what is the best no longer."""
+    real, removed = store.write, threading.Event()
+
+    def write(path, *args):
+        if slow == "after":
+            real(path, *args)
+        assert removed.wait(60)
+        if slow == "before":
+            real(path, *args)
+
+    class Tells(ModelCheckpoint):
+        def _remove_checkpoint(self, trainer, filepath):
+            while not os.path.exists(filepath):  # another thread writes the training file too
+                time.sleep(0.01)
+            super()._remove_checkpoint(trainer, filepath)
+            removed.set()
+
+    monkeypatch.setattr(store, "write", write)
+    saves = Tells(tmp_path, filename="{epoch}")
+    fit(tmp_path, CollapseOnSave(), saves, max_epochs=2, plugins=[AsyncCheckpointIO()])
+    assert removed.is_set() and names(tmp_path) == ["epoch=1.ckpt", "epoch=1.deploy.ckpt"]
