@@ -69,7 +69,8 @@ def test_unknown_networks_are_counted_as_often_as_known_ones(name, wanted):
     core = read_study("core").only(["letter"], None)
     counted = read_study(name).only(["letter"], None)
     results = {key: {**result, "cost": {"wall_seconds": 1.0}} for key, result in chosen(core).items()}
-    for known in ({}, results):
+    half = {key: result for key, result in results.items() if result["method"] == "plain"}
+    for known in ({}, half, results):
         counts = {tuple(row.split(", ")): total[0] for (_, row), total in Estimate(counted, known).rows.items()}
         assert {row[0]: count for row, count in counts.items() if len(row) == 2} == wanted
 

@@ -282,29 +282,35 @@ def _slots(study: Study, results: Results) -> Iterator[Slot]:
             for trial in range(study.all_trials):
                 for row in searched:
                     attempt = tried[row.name][trial] if trial < len(tried[row.name]) else None
-                    yield from _with_needs(study, Slot(task.name, row, TUNE, trial, attempt))
+                    yield from _with_needs(study, Slot(task.name, row, TUNE, trial, attempt), results)
             last = {row.name: finals(study, task, row, results) for row in rows}
             for seed in study.seeds:
                 for row in rows:
                     runs = last[row.name]
                     if runs is not None or not _hopeless(study, task, row, results):
                         run = None if runs is None else runs[seed]
-                        yield from _with_needs(study, Slot(task.name, row, FINAL, seed, run))
+                        yield from _with_needs(study, Slot(task.name, row, FINAL, seed, run), results)
 
 
-def _with_needs(study: Study, slot: Slot) -> Iterator[Slot]:
-    """A slot, after those of the networks that it needs."""
-    teachers = study.methods[slot.variant.method].teachers
-    if slot.run is None and teachers is not None:
-        # known as soon as their setting is; until then they are there to be counted
-        for number in range(slot.phase == FINAL, teachers.count):
-            seed = study.tuning_seed if slot.phase == TUNE else slot.index
-            place = 100 * seed + number + (50 if number and teachers.vary == "order" else 0)
-            yield Slot(slot.task, study.find(teachers.of)[1], TEACHER, place, None)
-    for need in slot.run.needs if slot.run else ():
-        of = teachers.of if teachers is not None and need in slot.run.teachers else "plain"  # type: ignore[union-attr]
-        variant = study.find(of)[1] if of in study.known else Variant(of, of)
-        yield from _with_needs(study, Slot(need.task, variant, need.phase, slot.index, need))
+def _with_needs(study: Study, slot: Slot, results: Results) -> Iterator[Slot]:
+    """A slot, after those of the networks that it needs: known as soon as their setting is, before the slot's own may be."""
+
+    def slots_of(need: Run, variant: Variant) -> Iterator[Slot]:
+        return _with_needs(study, Slot(need.task, variant, need.phase, slot.index, need), results)
+
+    wanted = study.methods[slot.variant.method].teachers
+    if wanted is not None:
+        variant = study.find(wanted.of)[1]
+        seed = study.tuning_seed if slot.phase == TUNE else slot.index
+        known = slot.run.teachers if slot.run else teachers_of(study, study.tasks[slot.task], slot.variant, results, seed)
+        for teacher in known or ():
+            yield from slots_of(teacher, variant)
+        # those that are not known either are there to be counted
+        for number in range(slot.phase == FINAL, 0 if known else wanted.count):
+            place = 100 * seed + number + (50 if number and wanted.vary == "order" else 0)
+            yield Slot(slot.task, variant, TEACHER, place, None)
+    if slot.run and slot.run.start:
+        yield from slots_of(slot.run.start, study.known.get("plain", Variant("plain", "plain")))
     yield slot
 
 
