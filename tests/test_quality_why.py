@@ -13,7 +13,8 @@ pytest.importorskip("sklearn")
 
 from benchmarks.quality import plan as planning
 from benchmarks.quality.place import Place
-from benchmarks.quality.why import Probe, curvature, gaps, gradients, own_rates, why
+from benchmarks.quality.probe import Probe, curvature, gaps, gradients, own_rates
+from benchmarks.quality.why import middle, why
 from lightning_sop import MajorityKernels, SimulatedOverparam
 from tests.test_quality import fake, random_state, study  # noqa: F401
 from tests.test_quality_methods import trainer
@@ -122,16 +123,34 @@ def test_rates_of_the_optimizers():
     assert torch.allclose(own_rates(adam, weight), torch.full_like(weight, 0.1 / 0.3), rtol=1e-5)
 
 
-def test_a_study_explains_itself(study, tmp_path):  # noqa: F811
+def test_a_study_explains_itself(study, tmp_path, monkeypatch):  # noqa: F811
     study = replace(study, trials=1)
     task, results = study.tasks["tiny"], {}
     for variant in study.variants.values():
         for run in planning.trials(study, task, variant):
             results[run.key] = fake(run, 0.5)
-    page, picture = why(study, task, results, Place(None, str(tmp_path), "cpu"), tmp_path)
-    found = json.loads(page.read_text())
-    assert [row["epoch"] for row in found["plain"]["rows"]] == [1, 2]
-    first, last = found["majority_kernels"]["rows"]
+
+    def write():
+        return why(study, results, Place(None, str(tmp_path), "cpu"), tmp_path, "the command")
+
+    data, picture, page = write()
+    found = json.loads(data.read_text())["rows"]
+    assert [row["epoch"] for row in found["plain"]["measured"]] == [1, 2]
+    first, last = found["majority_kernels"]["measured"]
     assert first["predicted"] > 0 < first["gradient"]
     assert last["rate"] == pytest.approx(0, abs=1e-12)  # the cosine has ended
     assert picture.stat().st_size > 10_000
+    assert "`the command`" in page.read_text()
+    assert "| Majority Kernels | " in page.read_text()
+    # what was measured is not measured again
+    monkeypatch.setattr("benchmarks.quality.why.follow", lambda run, place: pytest.fail("trained again"))
+    before = page.read_text()
+    write()
+    assert page.read_text() == before
+
+
+def test_the_middle_of_a_run():
+    rows = [{"epoch": float(epoch), "loss": 10.0 * epoch} for epoch in range(1, 13)]
+    assert middle(rows) == {"epoch": 6.0, "loss": 60.0}
+    kernels = [{"epoch": 1.0, "curvature": 0.2, "decay": 0.1, "preconditioned": 2.0}]
+    assert middle(kernels)["measured"] == pytest.approx(0.6)

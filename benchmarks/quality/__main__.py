@@ -3,13 +3,14 @@
     python -m benchmarks.quality run --study core --data FOLDER [--tasks ...] [--methods ...] [--jobs 2] [--limit-minutes 60]
     python -m benchmarks.quality estimate --study core
     python -m benchmarks.quality table --study core
-    python -m benchmarks.quality why --study core --data FOLDER --tasks fashion_mlp
+    python -m benchmarks.quality why --study mechanism --data FOLDER
 
 A study is a file in benchmarks/quality/studies, or a path: core; variants, defaults and tuned_options, about the options of
-Majority Kernels; averages; small, the larger tasks in small; the larger gpu and gpu_finetune; and ablation_*, whose rows
-begin with the settings that core has chosen. Every finished run is a line in RESULTS/TASK.jsonl; a study that was stopped or
-killed goes on where it was. Networks that others are made of are kept in the folder given by --networks; one that is lost is
-trained again. Settings are chosen on a seed of their own by the validation loss; the test is read once for each final run.
+Majority Kernels; averages; small, the larger tasks in small; the larger gpu and gpu_finetune; and mechanism and ablation_*,
+whose rows begin with the settings that core has chosen. Every finished run is a line in RESULTS/TASK.jsonl; a study that was
+stopped or killed goes on where it was. Networks that others are made of are kept in the folder given by --networks; one that
+is lost is trained again. Settings are chosen on a seed of their own by the validation loss; the test is read once for each
+final run.
 """
 
 from __future__ import annotations
@@ -63,14 +64,14 @@ def main(words: Sequence[str] | None = None) -> int:
         if options.command == "estimate":
             Console().print(Estimate(part, store.results).table(options.jobs))
             return 0
-        if options.command == "why":
-            return explain(part, store, options)
-        from benchmarks.quality.table import write
-
-        command = ["python", "-m", "benchmarks.quality", "table", "--study", Path(options.study).stem]
+        command = ["python", "-m", "benchmarks.quality", options.command, "--study", Path(options.study).stem]
         for name in ("tasks", "methods"):
             if getattr(options, name):
                 command += [f"--{name}", *getattr(options, name)]
+        if options.command == "why":
+            return explain(part, store, options, shlex.join(command))
+        from benchmarks.quality.table import write
+
         print(f"wrote {write(part, store.results, options.results, shlex.join(command))}")
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -84,15 +85,14 @@ def run(study: Study, store: Store, options: argparse.Namespace) -> int:
     return 1 if execute(study, store, place, jobs=options.jobs, minutes=options.limit_minutes) else 0
 
 
-def explain(study: Study, store: Store, options: argparse.Namespace) -> int:
-    """Train a network of each kind again, and measure along it."""
+def explain(study: Study, store: Store, options: argparse.Namespace, command: str) -> int:
+    """Train a network of each row again, and measure along it."""
     from benchmarks.quality.train import quiet
     from benchmarks.quality.why import why
 
     quiet()
-    place = place_of(study, options)
-    for task in study.tasks.values():
-        print(f"wrote {', '.join(map(str, why(study, task, store.results, place, options.results)))}")
+    for path in why(study, store.results, place_of(study, options), options.results, command):
+        print(f"wrote {path}")
     return 0
 
 

@@ -1,214 +1,64 @@
-"""Is implicit regularization what Majority Kernels does? Gradient and curvature along one run of it and one plain run.
-
-For mixes v with A = k E‖v‖², the mean loss over mixes is above the loss of the mean kernel by ½ tr(HC) at second order,
-with C the covariance of W(v). For SGD at a small rate h this is (h/4)(A - 1) E‖g‖² in the steady state, g being the gradient
-of a batch at the mean kernel: what is implicitly penalized, A - 1 times what the plain network penalizes. Where the
-optimizer divides by the root of the second moment, the same algebra has Σ h_j g_j² in place of h ‖g‖², with each weight's
-own rate h_j; and with decoupled weight decay λ it is ½ tr((H + diag(λ h / h_j)) C) that has this value. The rate falls
-during training and the mix is annealed, and the kernels' differences follow both with a delay that is in no formula here.
-"""
+"""Is implicit regularization what Majority Kernels does? Runs of a study's rows once more, measured along the way."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
 from benchmarks.quality.config import Study, StudyError, Task
 from benchmarks.quality.place import Place
 from benchmarks.quality.plan import Results, Run, finals
-from lightning_sop import MajorityKernels, SimulatedOverparam
-from lightning_sop.callbacks._plain_copy import plain_copy
-from lightning_sop.dynamics.kernels import predicted_amplification
+from benchmarks.quality.probe import BATCHES, Probe
 
-Loss = Callable[[nn.Module, Any], Tensor]
-Direction = Sequence[Tensor]
-BATCHES, DRAWS, PROBES = 8, 8, 12
+Row = Mapping[str, float]
 
 
-def cross_entropy(network: nn.Module, batch: Any) -> Tensor:
-    """Of the zoo's networks: classes on the last axis."""
-    logits = network(batch[0])
-    return F.cross_entropy(logits.flatten(0, -2), batch[1].flatten())
+def why(study: Study, results: Results, place: Place, folder: Path, command: str) -> list[Path]:
+    """Train a network of each row again, with its chosen setting and the first seed, and write what was measured.
 
+    Rows that are written already with the same setting are not trained again.
 
-# ---------------------------------------------------------------------- measures
-
-
-def gradients(network: nn.Module, weights: Sequence[nn.Parameter], batches: Iterable[Any], loss: Loss) -> dict[str, Any]:
-    """Mean loss, squared norm of the mean gradient, and mean squared gradient of a batch, by weight.
-
-    Batches count alike.
-    """
-    losses, total, squares = [], [torch.zeros_like(weight) for weight in weights], [torch.zeros_like(w) for w in weights]
-    for batch in batches:
-        value = loss(network, batch)
-        losses.append(float(value.detach()))
-        for one, other, part in zip(total, squares, torch.autograd.grad(value, weights), strict=True):
-            one += part
-            other += part.square()
-    count = len(losses)
-    return {
-        "loss": statistics.mean(losses),
-        "gradient": sum(float((part / count).square().sum()) for part in total),
-        "batch_gradient": sum(float(part.sum()) for part in squares) / count,
-        "squares": [part / count for part in squares],
-    }
-
-
-def curvature(
-    network: nn.Module, weights: Sequence[nn.Parameter], batches: Iterable[Any], loss: Loss, directions: Sequence[Direction]
-) -> list[float]:
-    """½ d·Hd for each direction, from products of the Hessian with it."""
-    found, count = [0.0] * len(directions), 0
-    for batch in batches:
-        count += 1
-        with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
-            slopes = torch.autograd.grad(loss(network, batch), weights, create_graph=True)
-        for number, direction in enumerate(directions):
-            slope = sum((part * d).sum() for part, d in zip(slopes, direction, strict=True))
-            products = torch.autograd.grad(cast(Tensor, slope), weights, retain_graph=True)
-            found[number] += 0.5 * sum(float((part * d).sum()) for part, d in zip(products, direction, strict=True))
-    return [value / count for value in found]
-
-
-@torch.no_grad()
-def gaps(
-    network: nn.Module, weights: Sequence[nn.Parameter], batches: Iterable[Any], loss: Loss, directions: Sequence[Direction]
-) -> list[float]:
-    """(L(W + d) + L(W - d)) / 2 - L(W) for each direction: the finite difference, with all orders in it."""
-    before = [weight.clone() for weight in weights]
-    batches, found = list(batches), []
-
-    def mean_at(sign: float, direction: Direction) -> float:
-        for weight, old, d in zip(weights, before, direction, strict=True):
-            weight.copy_(old + sign * d)
-        return statistics.mean(float(loss(network, batch)) for batch in batches)
-
-    centre = mean_at(0, before)
-    for direction in directions:
-        found.append((mean_at(1, direction) + mean_at(-1, direction)) / 2 - centre)
-    mean_at(0, before)
-    return found
-
-
-def differences(forms: Sequence[Any], generator: torch.Generator, draws: int, progress: float) -> list[list[Tensor]]:
-    """W(v) minus the mean kernel, for draws of the method's own at that part of the training."""
-    method = forms[0].method
-    found = []
-    for _ in range(draws):
-        mixes = method.draw([form.site for form in forms], generator, progress)
-        pairs = zip(forms, mixes, strict=True)
-        found.append(
-            [
-                (method.compose(form.phi, mix, form.site) - method.collapse(form.phi, form.site)).detach()
-                for form, mix in pairs
-            ]
-        )
-    return found
-
-
-def own_rates(optimizer: Any, weight: nn.Parameter) -> Tensor:
-    """What each element's gradient is multiplied by: the rate, over the root of the second moment if there is one."""
-    group = next(group for group in optimizer.param_groups if any(part is weight for part in group["params"]))
-    state = optimizer.state.get(weight, {})
-    if "exp_avg_sq" not in state:
-        return torch.full_like(weight, group["lr"] / (1 - group.get("momentum", 0.0)))
-    corrected: Tensor = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
-    rates: Tensor = group["lr"] / (corrected.sqrt() + group["eps"])
-    return rates
-
-
-# ---------------------------------------------------------------------- along a run
-
-
-class Probe(Callback):
-    """Measures at the ends of some epochs, at the collapsed weights, in evaluation mode; stands after Majority Kernels."""
-
-    def __init__(self, batches: Sequence[Any], probes: int = PROBES, draws: int = DRAWS, loss: Loss = cross_entropy) -> None:
-        self.batches, self.probes, self.draws, self.loss = batches, probes, draws, loss
-        self.rows: list[dict[str, float]] = []
-        self._generator = torch.Generator().manual_seed(0)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        epochs = trainer.max_epochs or 1
-        at = {round(number * epochs / self.probes) for number in range(1, self.probes + 1)}
-        if trainer.current_epoch + 1 in at:
-            self.rows.append({"epoch": trainer.current_epoch + 1, **self.measure(trainer, pl_module)})
-
-    def measure(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
-        ours = next((c for c in trainer.callbacks if isinstance(c, SimulatedOverparam)), None)  # type: ignore[attr-defined]
-        forms = [] if ours is None or ours.engine is None else list(ours.engine.forms.values())
-        names = [form.site.name for form in forms]
-        if not forms:
-            plan = SimulatedOverparam(MajorityKernels()).plan(module)
-            names = [row.site.name for row in plan.rows if row.method is not None]
-        own = [module.get_parameter(name) for name in names]
-        twin = plain_copy(module).eval()
-        twin.requires_grad_(True)
-        weights = [twin.get_parameter(name) for name in names]
-        batches = [pl.utilities.move_data_to_device(batch, module.device) for batch in self.batches]
-        optimizer = trainer.optimizers[0]
-        found = gradients(twin, weights, batches, self.loss)
-        squares = found.pop("squares")
-        rate = float(optimizer.param_groups[0]["lr"])
-        rates = [own_rates(optimizer, weight).detach() for weight in own]
-        precondition = sum(float((h * g).sum()) for h, g in zip(rates, squares, strict=True))
-        row = {**found, "rate": rate, "preconditioned": precondition}
-        if forms:
-            method = cast(MajorityKernels, forms[0].method)
-            progress = cast(Any, ours).engine.progress
-            directions = differences(forms, self._generator, self.draws, progress)
-            bent = curvature(twin, weights, batches, self.loss, directions)
-            group = optimizer.param_groups[0]
-            decay = group.get("weight_decay", 0.0) * rate / (1 - group.get("momentum", 0.0))
-            # λ h / h_j: a decay that is not divided by the second moment is a curvature of that size
-            held = [
-                decay / 2 * sum(float((d.square() / h.clamp_min(1e-12)).sum()) for d, h in zip(d_all, rates, strict=True))
-                for d_all in directions
-            ]
-            amplification = predicted_amplification(method.draw_name, method.factor, method.alpha, method.strength(progress))
-            row |= {
-                "amplification": amplification,
-                "curvature": statistics.mean(bent),
-                "curvature_error": statistics.stdev(bent) / len(bent) ** 0.5,
-                "gap": statistics.mean(gaps(twin, weights, batches, self.loss, directions)),
-                "decay": statistics.mean(held),
-                "predicted": rate / 4 * (amplification - 1) * found["batch_gradient"],
-                "predicted_own_rates": (amplification - 1) / 4 * precondition,
-            }
-        return row
-
-
-def why(study: Study, task: Task, results: Results, place: Place, folder: Path) -> list[Path]:
-    """Train both networks again, with their chosen settings and the first seed, and write what was measured.
+    Returns:
+        For each task its measurements and a picture; last the page.
 
     Raises:
         StudyError: a setting is not chosen yet.
     """
-    document: dict[str, Any] = {"study": study.name, "task": task.name, "seed": study.seeds[0], "commit": place.commit}
-    for name in ("plain", "majority_kernels"):
-        runs = finals(study, task, study.known[name], results)
+    folder.mkdir(parents=True, exist_ok=True)
+    written, documents = [], {}
+    for task in study.tasks.values():
+        data, picture = (folder / f"why_{study.name}_{task.name}.{suffix}" for suffix in ("json", "png"))
+        before = json.loads(data.read_text()) if data.exists() else {"rows": {}}
+        document = {"study": study.name, "task": task.name, "seed": study.seeds[0], "rows": before["rows"]}
+        for name, run in _first_runs(study, task, results).items():
+            if document["rows"].get(name, {}).get("key") != run.key:
+                title = study.variants[name].title or study.methods[run.method].title
+                measured = {"key": run.key, "title": title, "setting": run.setting, "commit": place.commit}
+                document["rows"][name] = {**measured, "measured": follow(run, place)}
+                data.write_text(json.dumps(document, indent=1) + "\n")
+        draw(document, picture)
+        documents[task.name] = document
+        written += [data, picture]
+    page = folder / f"why_{study.name}.md"
+    page.write_text("\n".join(render(study, documents, command)) + "\n")
+    return [*written, page]
+
+
+def _first_runs(study: Study, task: Task, results: Results) -> dict[str, Run]:
+    found = {}
+    for name, variant in study.variants.items():
+        runs = finals(study, task, variant, results)
         if runs is None:
             raise StudyError(f"{task.name}: the setting of {name} is not chosen yet; run the study first")
-        run = runs[study.seeds[0]]
-        document[name] = {"setting": run.setting, "rows": follow(run, place)}
-    folder.mkdir(parents=True, exist_ok=True)
-    page, picture = (folder / f"why_{study.name}_{task.name}.{suffix}" for suffix in ("json", "png"))
-    page.write_text(json.dumps(document, indent=1) + "\n")
-    draw(document, picture)
-    return [page, picture]
+        found[name] = runs[study.seeds[0]]
+    return found
 
 
 def follow(run: Run, place: Place) -> list[dict[str, float]]:
@@ -230,34 +80,79 @@ def follow(run: Run, place: Place) -> list[dict[str, float]]:
     return probe.rows
 
 
-def draw(document: dict[str, Any], path: Path) -> None:
-    """Gradients of both networks; measured and predicted excess of the loss."""
+# ---------------------------------------------------------------------- for readers
+
+
+def render(study: Study, documents: Mapping[str, Any], command: str) -> list[str]:
+    """The page: each task's rows in numbers, of the middle half of the run, where rates are neither first nor last ones."""
+    page = [
+        f"# {study.title}",
+        "",
+        f"`{command}`",
+        "",
+        f"One run of each row, with the same seed. Measured at the collapsed weights on {BATCHES} batches of training data,"
+        " in evaluation mode; medians over the middle half of the run. E‖g‖²: of a batch, over that of the first row at the"
+        " same epochs. Excess: mean loss over mixes minus that of the mean kernel, by finite differences. Predicted:"
+        " ¼ (A - 1) Σ hⱼ E gⱼ². A - 1 measured: what the curvature amounts to, 4 (½ tr(HC) + decay) / Σ hⱼ E gⱼ².",
+    ]
+    columns = ["", "training loss", "E‖g‖²", "excess", "½ tr(HC)", "predicted", "A - 1 of the draw", "A - 1 measured"]
+    for name, document in documents.items():
+        rows = list(document["rows"].values())
+        first = middle(rows[0]["measured"])
+        page += ["", f"## {study.tasks[name].title}", "", f"![]({'why_' + study.name + '_' + name}.png)", ""]
+        page += [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
+        for row in rows:
+            found = middle(row["measured"])
+            cells = [row["title"], f"{found['loss']:.4f}", f"{found['batch_gradient'] / first['batch_gradient']:.2f}"]
+            if "amplification" in found:
+                cells += [f"{found[key]:.2g}" for key in ("gap", "curvature", "predicted_own_rates")]
+                cells += [f"{found['amplification'] - 1:.2f}", f"{found['measured']:.2f}"]
+            page.append(f"| {' | '.join(cells + ['-'] * (len(columns) - len(cells)))} |")
+    return page
+
+
+def middle(measured: list[dict[str, float]]) -> dict[str, float]:
+    """Medians over the middle half of a run."""
+    last = measured[-1]["epoch"]
+    rows = [_amplified(row) for row in measured if last / 4 <= row["epoch"] <= 3 * last / 4] or [_amplified(measured[-1])]
+    return {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+
+
+def _amplified(row: Row) -> dict[str, float]:
+    """With A - 1 as the measured curvature has it."""
+    if "curvature" not in row:
+        return dict(row)
+    return {**row, "measured": 4 * (row["curvature"] + row["decay"]) / row["preconditioned"]}
+
+
+def draw(document: Mapping[str, Any], path: Path) -> None:
+    """Gradients of all networks; measured and predicted excess of the loss for each with kernels."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
-    titles = {"plain": "plain", "majority_kernels": "Majority Kernels"}
-    for number, (name, title) in enumerate(titles.items()):
-        rows = document[name]["rows"]
-        epochs = [row["epoch"] for row in rows]
-        left.plot(epochs, [row["batch_gradient"] for row in rows], f"C{number}-o", ms=3, label=f"{title}, of a batch")
-        left.plot(epochs, [row["gradient"] for row in rows], f"C{number}--", label=f"{title}, of {BATCHES} batches")
-    left.set(xlabel="epoch", yscale="log", title="‖g‖² at the collapsed weights")
-    rows = document["majority_kernels"]["rows"]
-    epochs = [row["epoch"] for row in rows]
+    rows = list(document["rows"].values())
+    kernels = [row for row in rows if "curvature" in row["measured"][0]]
+    figure, axes = pyplot.subplots(1, 1 + len(kernels), figsize=(5 * (1 + len(kernels)), 4), squeeze=False)
+    for number, row in enumerate(rows):
+        epochs = [one["epoch"] for one in row["measured"]]
+        axes[0, 0].plot(epochs, [one["batch_gradient"] for one in row["measured"]], f"C{number}-o", ms=3, label=row["title"])
+        axes[0, 0].plot(epochs, [one["gradient"] for one in row["measured"]], f"C{number}--")
+    axes[0, 0].set(yscale="log", title=f"‖g‖²: of a batch (line), of {BATCHES} (dashes)")
     lines = (
         ("gap", "C0-s", "mean loss over mixes, minus that of the mean"),
         ("curvature", "C1-o", "½ tr(HC)"),
         ("predicted", "C2--", "(h/4)(A - 1) E‖g‖²"),
         ("predicted_own_rates", "C3--", "¼ (A - 1) Σ hⱼ E gⱼ²"),
     )
-    for key, style, label in lines:
-        shown = [(epoch, row[key]) for epoch, row in zip(epochs, rows, strict=True) if row[key] > 0]
-        right.plot(*zip(*shown, strict=True), style, ms=3, label=label) if shown else None
-    right.set(xlabel="epoch", yscale="log", title="excess of the loss: measured and predicted")
-    for axis in (left, right):
+    for axis, row in zip(axes[0, 1:], kernels, strict=True):
+        for key, style, label in lines:
+            shown = [(one["epoch"], one[key]) for one in row["measured"] if one[key] > 0]
+            axis.plot(*zip(*shown, strict=True), style, ms=3, label=label) if shown else None
+        axis.set(yscale="log", title=row["title"])
+    for axis in axes[0]:
+        axis.set(xlabel="epoch")
         axis.legend(fontsize="x-small")
         axis.grid(alpha=0.3)
     figure.suptitle(f"{document['task']}, seed {document['seed']}", fontsize="medium")
