@@ -13,12 +13,13 @@ from lightning.pytorch import LightningModule
 pytest.importorskip("sklearn")
 
 from benchmarks.quality import plan as planning
+from benchmarks.quality.__main__ import main
 from benchmarks.quality.build import build
 from benchmarks.quality.config import StudyError
 from benchmarks.quality.estimate import Estimate
 from benchmarks.quality.pictures import CifarImages, shifted
 from benchmarks.quality.place import PATHS, Place
-from benchmarks.quality.reading import HERE, read_study
+from benchmarks.quality.reading import HERE, find_studies, read_study
 from benchmarks.quality.sentences import Encoder, Sst2
 from benchmarks.quality.table import render, rows
 from benchmarks.quality.train import perform
@@ -73,6 +74,19 @@ def test_unknown_networks_are_counted_as_often_as_known_ones(name, wanted):
     for known in ({}, half, results):
         counts = {tuple(row.split(", ")): total[0] for (_, row), total in Estimate(counted, known).rows.items()}
         assert {row[0]: count for row, count in counts.items() if len(row) == 2} == wanted
+
+
+def test_several_studies_have_a_page_together(tmp_path, capsys):
+    names = find_studies("ablation_*")
+    assert len(names) == sum(name.startswith("ablation_") for name in STUDIES) > 5
+    assert main(["table", "--study", "gpu*", "--results", str(tmp_path)]) == 0
+    page = (tmp_path / "gpuall.md").read_text()
+    for name in ("gpu", "gpu_finetune"):
+        assert f"[{name}]({name}.md)" in page
+        assert (tmp_path / f"{name}.md").exists()
+    assert "--study 'gpu*'" in page
+    assert main(["table", "--study", "nothing_*", "--results", str(tmp_path)]) == 2
+    assert "no study nothing_*" in capsys.readouterr().err
 
 
 def test_ablations_take_the_settings_of_the_core_study():

@@ -3,6 +3,7 @@
     python -m benchmarks.quality run --study core --data FOLDER [--tasks ...] [--methods ...] [--jobs 2] [--limit-minutes 60]
     python -m benchmarks.quality estimate --study core
     python -m benchmarks.quality table --study core
+    python -m benchmarks.quality table --study 'ablation_*'
     python -m benchmarks.quality why --study mechanism --data FOLDER
 
 A study is a file in benchmarks/quality/studies, or a path: core; variants, defaults and tuned_options, about the options of
@@ -29,7 +30,7 @@ from benchmarks.quality.estimate import Estimate
 from benchmarks.quality.execute import execute
 from benchmarks.quality.keys import get
 from benchmarks.quality.place import PATHS, Place
-from benchmarks.quality.reading import read_study
+from benchmarks.quality.reading import find_studies, read_study
 from benchmarks.quality.store import Store
 
 RESULTS = Path(__file__).parents[1] / "results" / "quality"
@@ -45,7 +46,9 @@ def main(words: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("command", choices=("run", "table", "estimate", "why"))
-    parser.add_argument("--study", default="core", help="name or path of the study (default: core)")
+    parser.add_argument(
+        "--study", default="core", help="name or path of the study, or several: 'ablation_*' (default: core)"
+    )
     parser.add_argument("--data", type=Path, help="folder that the paths in tasks are relative to")
     parser.add_argument("--tasks", nargs="+", help="only these")
     parser.add_argument("--methods", nargs="+", help="only these rows")
@@ -56,27 +59,45 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--networks", type=Path, default=Path("quality_networks"), help="folder for trained networks")
     options = parser.parse_args(words)
     try:
-        study = read_study(options.study)
-        part = study.only(options.tasks, options.methods)
-        store = Store(options.results).read(part.files)
-        if options.command == "run":
-            return run(part, store, options)
-        if options.command == "estimate":
-            Console().print(Estimate(part, store.results).table(options.jobs))
-            return 0
-        command = ["python", "-m", "benchmarks.quality", options.command, "--study", Path(options.study).stem]
-        for name in ("tasks", "methods"):
-            if getattr(options, name):
-                command += [f"--{name}", *getattr(options, name)]
-        if options.command == "why":
-            return explain(part, store, options, shlex.join(command))
-        from benchmarks.quality.table import write
+        names = find_studies(options.study)
+        status = max(perform(name, options) for name in names)
+        if options.command == "table" and len(names) > 1:
+            from benchmarks.quality.table import write_overview
 
-        print(f"wrote {write(part, store.results, options.results, shlex.join(command))}")
+            studies = [read_study(name).only(options.tasks, options.methods) for name in names]
+            store = Store(options.results).read(list({file: None for study in studies for file in study.files}))
+            path = options.results / f"{options.study.replace('*', 'all')}.md"
+            print(f"wrote {write_overview(studies, store.results, path, command_of(options, options.study))}")
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    return status
+
+
+def perform(name: str, options: argparse.Namespace) -> int:
+    """The command for one study."""
+    study = read_study(name).only(options.tasks, options.methods)
+    store = Store(options.results).read(study.files)
+    if options.command == "run":
+        return run(study, store, options)
+    if options.command == "estimate":
+        Console().print(Estimate(study, store.results).table(options.jobs))
+        return 0
+    if options.command == "why":
+        return explain(study, store, options, command_of(options, name))
+    from benchmarks.quality.table import write
+
+    print(f"wrote {write(study, store.results, options.results, command_of(options, name))}")
     return 0
+
+
+def command_of(options: argparse.Namespace, name: str) -> str:
+    """What makes a page, for its head."""
+    words = ["python", "-m", "benchmarks.quality", options.command, "--study", name if "*" in name else Path(name).stem]
+    for option in ("tasks", "methods"):
+        if getattr(options, option):
+            words += [f"--{option}", *getattr(options, option)]
+    return shlex.join(words)
 
 
 def run(study: Study, store: Store, options: argparse.Namespace) -> int:

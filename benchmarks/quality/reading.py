@@ -15,6 +15,20 @@ from benchmarks.quality.keys import Config, get
 HERE = Path(__file__).parent
 
 
+def find_studies(name: str) -> list[str]:
+    """Names of the studies that a pattern with ``*`` stands for; without one, the name itself.
+
+    Raises:
+        StudyError: there are none.
+    """
+    if "*" not in name:
+        return [name]
+    found = sorted(path.stem for path in (HERE / "studies").glob(f"{name}.yaml"))
+    if not found:
+        raise StudyError(f"no study {name} in {HERE / 'studies'}")
+    return found
+
+
 def read_study(name: str) -> Study:
     """Read a study by its name or the path of its file; its tasks are sought beside it first.
 

@@ -31,7 +31,7 @@ COSTS = (
 
 SUMMARY = (
     "Difference of test loss, then of the score, to the row that a row is compared with: plain, if nothing else is said. "
-    "Scores are accuracy in points, where more is better, or perplexity. Details, costs and settings are below, by task."
+    "Scores are accuracy in points, where more is better, or perplexity."
 )
 
 
@@ -144,6 +144,16 @@ def write(study: Study, results: Results, folder: Path, command: str) -> Path:
     return path
 
 
+def write_overview(studies: Sequence[Study], results: Results, path: Path, command: str) -> Path:
+    """Write the summaries of several studies into one page, with links to their own."""
+    lines = ["# Several studies", "", f"Made by `{command}`.", "", f"{SUMMARY} Details are in each study's own page."]
+    for study in studies:
+        table = {name: rows(study, task, results) for name, task in study.tasks.items()}
+        lines += ["", f"## {study.title}", "", f"[{study.name}]({study.name}.md). {missing(table)}", "", *summary(table)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
 def render(
     study: Study, table: dict[str, dict[str, Row]], results: Results, command: str, pictures: Sequence[str]
 ) -> Iterator[str]:
@@ -153,7 +163,7 @@ def render(
     yield method_of(study)
     yield from ("", missing(table))
     if len(table) > 1:
-        yield from ("", "## All tasks", "", SUMMARY, "")
+        yield from ("", "## All tasks", "", f"{SUMMARY} Details, costs and settings are below, by task.", "")
         yield from summary(table)
     for name, found in table.items():
         task = study.tasks[name]
