@@ -313,6 +313,30 @@ def test_the_kept_weights_are_those_that_were_validated(study, tmp_path):
     assert found["val_loss"] == pytest.approx(best.metrics["val_loss"], rel=1e-5)
 
 
+def test_the_last_epoch_is_kept_where_a_row_says_so(study, tmp_path):
+    from types import SimpleNamespace
+
+    from benchmarks.quality.train import Best, perform
+
+    task, module = study.tasks["tiny"], torch.nn.Linear(1, 1)
+    for last, kept in ((False, 2), (True, 3)):
+        best = Best(last)
+        for epoch, loss in enumerate((0.5, 0.3, 0.4), start=1):
+            torch.nn.init.constant_(module.weight, epoch)
+            seen = SimpleNamespace(callback_metrics={"val_loss": torch.tensor(loss)})
+            best.on_validation_epoch_end(seen, module)
+            best.on_validation_end(seen, module)
+        assert (best.epoch, float(best.state["weight"])) == (kept, kept)
+    row = replace(study.variants["plain"], put={"keep": "last"})
+    run = planning.make_run(study, task, row, "final", {**settings(study, task, row)[0], "lr": 0.5, "epochs": 3}, 0)
+    assert run.key != planning.make_run(study, task, study.variants["plain"], "final", run.setting, 0).key
+    metrics = perform(run, Place(None, str(tmp_path), "cpu"))["metrics"]
+    assert metrics["best_epoch"] == metrics["epochs"] == 3
+    assert metrics["val_loss"] == metrics["last"]["val_loss"]
+    page = "\n".join(render(replace(study, stages=[[row]]), {}, {}, "", []))
+    assert "keeps its last epoch" in page
+
+
 def test_the_core_study_can_be_planned():
     study = read_study("core")
     slots = planning.plan(study, {})

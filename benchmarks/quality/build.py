@@ -16,7 +16,7 @@ from benchmarks.quality.baselines.steps import distill, penalize, use_sgd
 from benchmarks.quality.baselines.wide import widen
 from benchmarks.quality.keys import Config
 from benchmarks.quality.place import PATHS, Place
-from benchmarks.quality.plan import Run
+from benchmarks.quality.plan import KEEP, Run
 
 QUIET: Config = {
     "logger": False,
@@ -47,7 +47,8 @@ class BuildCLI(LightningCLI):
 def build(config: Config, place: Place, seed: int) -> BuildCLI:
     """Model, data and Trainer of a configuration."""
     config = copy.deepcopy(config)
-    config.pop("derive", None)
+    for name in ("derive", KEEP):
+        config.pop(name, None)
     changes = config.pop("changes", [])
     arguments = config["data"].get("init_args", {})
     for name in PATHS:

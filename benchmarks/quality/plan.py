@@ -15,6 +15,8 @@ from benchmarks.quality.keys import Config, digest, get, put
 PROTOCOL = 1
 """Counts changes of what a run does that are not in its configuration."""
 
+KEEP, LAST = "keep", "last"
+"""Entry of a configuration: the epoch whose weights count, and its value for the last one; the best one without it."""
 TUNE, FINAL, TEACHER = "tune", "final", "teacher"
 UNTRAINED = ("average", "ensemble")
 """What methods may derive from their teachers without training."""

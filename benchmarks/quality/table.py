@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.quality.config import Setting, Study, Task, Variant
 from benchmarks.quality.costs import spent
-from benchmarks.quality.plan import UNTRAINED, Results, chosen, finals, score, trials, wanted_trials
+from benchmarks.quality.plan import KEEP, LAST, UNTRAINED, Results, chosen, finals, score, trials, wanted_trials
 from benchmarks.quality.stats import Interval, interval, paired
 
 AGAINST = ("ema", "swa", "k_average", "distilled")
@@ -242,20 +242,29 @@ def _number(value: float, form: str) -> str:
 
 def method_of(study: Study) -> str:
     """How the numbers came about."""
-    searched = [row for row in study.known.values() if row.tuned is None]
-    settings = (
-        f"Each row's setting is the best of {study.all_trials} trials by validation loss, on seed {study.tuning_seed}, "
-        f"which no other run has. The first trial is the task's default{refinement(study)}. Rows that are made of trained "
-        "networks and train nothing have the setting, and the trials, of those. "
-        if searched
-        else f"Settings are those chosen in {', '.join(study.bases)} by validation loss, but for what the rows are about. "
+    if all(row.tuned for row in study.known.values()):
+        settings = (
+            f"Settings are those chosen in {', '.join(study.bases)} by validation loss, but for what the rows are about. "
+        )
+    elif study.all_trials == 1:
+        settings = "Settings are the tasks' defaults, but for what the rows are about. "
+    else:
+        settings = (
+            f"Each row's setting is the best of {study.all_trials} trials by validation loss, on seed {study.tuning_seed}, "
+            f"which no other run has. The first trial is the task's default{refinement(study)}. Rows that are made of "
+            "trained networks and train nothing have the setting, and the trials, of those. "
+        )
+    kept = (
+        "A run keeps its epoch of lowest validation loss; the test was read once, for that epoch, and the last epoch is in "
+        "one column only. "
     )
+    if all(row.put.get(KEEP) == LAST for row in study.known.values()):
+        kept = "A run keeps its last epoch; the test was read once, for that. "
     return (
         f"{settings}Final runs have {len(study.seeds)} seeds; a seed gives every method the same initialization (if it has "
-        "the plain network's sizes), validation split and order of the data. A run keeps its epoch of lowest validation "
-        "loss; the test was read once, for that epoch, and the last epoch is in one column only. Mean ± 95 % interval "
-        "(Student's t) over seeds; differences are paired by seed. **Bold**: the interval excludes 0; nothing is corrected "
-        "for the number of comparisons."
+        f"the plain network's sizes), validation split and order of the data. {kept}Mean ± 95 % interval (Student's t) "
+        "over seeds; differences are paired by seed. **Bold**: the interval excludes 0; nothing is corrected for the "
+        "number of comparisons."
     )
 
 

@@ -24,7 +24,7 @@ from benchmarks.quality.build import bare, build
 from benchmarks.quality.costs import COSTS, spent, total
 from benchmarks.quality.derive import begin, evaluate, untrained
 from benchmarks.quality.place import Place
-from benchmarks.quality.plan import FINAL, PROTOCOL, TUNE, UNTRAINED, Run
+from benchmarks.quality.plan import FINAL, KEEP, LAST, PROTOCOL, TUNE, UNTRAINED, Run
 from lightning_sop import TrainingCost
 
 
@@ -37,14 +37,18 @@ class Best(Callback):
 
     It stands before callbacks that put averages in place for the validation only.
 
+    Args:
+        last: keep the last epoch instead.
+
     Attributes:
         curve: metrics of each epoch.
-        epoch: the best one, from 1; 0 for the weights that the run began with.
+        epoch: the kept one, from 1; 0 for the weights that the run began with.
         metrics: of that epoch.
         state: its weights.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, last: bool = False) -> None:
+        self.last = last
         self.curve: list[dict[str, float]] = []
         self.epoch = 0
         self.metrics: dict[str, float] = {}
@@ -64,7 +68,7 @@ class Best(Callback):
         if not math.isfinite(metrics["val_loss"]):
             raise DivergedError(f"val_loss is {metrics['val_loss']} after epoch {len(self.curve) + 1}")
         self.curve.append(metrics)
-        if not self.metrics or metrics["val_loss"] < self.metrics["val_loss"]:
+        if self.last or not self.metrics or metrics["val_loss"] < self.metrics["val_loss"]:
             self.epoch, self.metrics, self.state = len(self.curve), metrics, self._validated
 
 
@@ -110,7 +114,7 @@ Outcome = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
 def _trained(run: Run, place: Place) -> Outcome:
     cli = build(run.config, place, run.seed)
     module, data, trainer = cli.model, cli.datamodule, cli.trainer
-    best, cost = Best(), TrainingCost(verbose=False)
+    best, cost = Best(last=run.config.get(KEEP) == LAST), TrainingCost(verbose=False)
     used = time.process_time()
     first, prepared = begin(run, place, cli)
     best.first(first, module)
