@@ -40,6 +40,12 @@ def chosen(study):  # noqa: F811
     return results
 
 
+def timed(study, task, row, results, ratio):  # noqa: F811
+    """A result that says how long steps of a row take."""
+    runs = planning.pair(study, task, study.variants[row], results)
+    return {planning.timing_key(*runs): {"status": "timed", "cost": {"ratios": [ratio - 0.1, ratio, ratio + 0.2]}}}
+
+
 @pytest.mark.parametrize("name", STUDIES)
 def test_studies_can_be_planned(name):
     found = read_study(name)
@@ -49,9 +55,7 @@ def test_studies_can_be_planned(name):
             results.update(chosen(base))
     for base in found.bases.values():
         for task in base.tasks.values():
-            for row, seconds in (("plain", 10.0), ("majority_kernels", 11.0)):
-                for run in planning.finals(base, task, base.known[row], results).values():
-                    results[run.key] = {**fake(run, 0.5), "cost": {"cpu_seconds": seconds}}
+            results.update(timed(base, task, "majority_kernels", results, 1.1))
     slots = planning.plan(found, results)
     assert all(slot.run is not None for slot in slots)
     assert {slot.variant.name for slot in slots if slot.phase == "final"} >= set(found.variants)
@@ -112,15 +116,13 @@ def test_ablations_take_the_settings_of_the_core_study():
 
 def test_equal_steps_and_equal_time(study):  # noqa: F811
     plain, ours = study.variants["plain"], study.variants["majority_kernels"]
-    timed = replace(plain, name="timed", tuned="plain", time_of="majority_kernels")
+    longer = replace(plain, name="longer", tuned="plain", time_of="majority_kernels")
     stepped = replace(ours, name="stepped", tuned="majority_kernels", steps_of="plain")
-    study = replace(study, trials=1, stages=[[plain, ours, timed, stepped]])
+    study = replace(study, trials=1, stages=[[plain, ours, longer, stepped]])
     task, results = study.tasks["tiny"], chosen(study)
-    assert planning.finals(study, task, timed, results) is None  # no seconds yet
-    for variant, seconds in ((plain, 10.0), (ours, 26.0)):
-        for run in planning.finals(study, task, variant, results).values():
-            results[run.key] = {**fake(run, 0.5), "cost": {"cpu_seconds": seconds}}
-    assert planning.finals(study, task, timed, results)[0].setting["epochs"] == round(2 * 2.6)
+    assert planning.finals(study, task, longer, results) is None  # not timed yet
+    results.update(timed(study, task, "majority_kernels", results, 2.6))
+    assert planning.finals(study, task, longer, results)[0].setting["epochs"] == round(2 * 2.6)
     assert planning.finals(study, task, stepped, results)[0].setting["epochs"] == 2
 
 

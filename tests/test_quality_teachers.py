@@ -12,11 +12,12 @@ pytest.importorskip("sklearn")
 
 from benchmarks.quality import plan as planning
 from benchmarks.quality.build import network_of
-from benchmarks.quality.config import settings
+from benchmarks.quality.config import StudyError, settings
 from benchmarks.quality.costs import spent
 from benchmarks.quality.place import Place
 from benchmarks.quality.reading import read_study
 from benchmarks.quality.table import render, rows, write
+from benchmarks.quality.timing import measure, missing
 from benchmarks.quality.train import perform
 from tests.test_quality import random_state, study, write_study  # noqa: F401
 
@@ -128,6 +129,25 @@ def test_the_cost_of_teachers_is_counted(done):
     assert spent(result, "flops") > finals(done, "wide")[1]["cost"]["flops"]
     assert result["cost"]["parameters"]["deployed"] == plain["parameters"]["deployed"]
     assert run.epochs == 1  # a quarter of two, at least one
+
+
+def test_steps_are_timed_in_turns_with_those_of_the_plain_network(done, tmp_path):
+    whole, results, place, _ = done
+    pairs = list(missing(whole, results, place))
+    assert {run.method for run, _ in pairs} == {"majority_kernels", "distilled", "wide", "wide_reduced"}
+    assert {other.method for _, other in pairs} == {"plain"}
+    run, other = next(one for one in pairs if one[0].method == "distilled")
+    line = json.loads(json.dumps(measure(run, other, place, rounds=3)))
+    assert len(line["cost"]["ratios"]) == 3
+    assert min(line["cost"]["ratios"]) > 0 < line["cost"]["step_seconds"]
+    assert line["key"] not in results
+    timed = {**results, line["key"]: line}
+    assert len(list(missing(whole, timed, place))) == len(pairs) - 1
+    found = rows(whole, whole.tasks["tiny"], timed)
+    low, middle, high = sorted(line["cost"]["ratios"])
+    assert f"| {middle:.2f} ({low:.2f}-{high:.2f}) |" in "\n".join(render(whole, {"tiny": found}, timed, "", []))
+    with pytest.raises(StudyError, match="tiny, distilled: it needs networks"):
+        list(missing(whole, results, Place(None, str(tmp_path), "cpu")))
 
 
 def test_the_table_names_the_whole_cost(done, tmp_path):

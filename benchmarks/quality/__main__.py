@@ -2,6 +2,7 @@
 
     python -m benchmarks.quality run --study core --data FOLDER [--tasks ...] [--methods ...] [--jobs 2] [--limit-minutes 60]
     python -m benchmarks.quality estimate --study core
+    python -m benchmarks.quality time --study core --data FOLDER
     python -m benchmarks.quality table --study core
     python -m benchmarks.quality table --study 'ablation_*'
     python -m benchmarks.quality why --study mechanism --data FOLDER
@@ -45,7 +46,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=("run", "table", "estimate", "why"))
+    parser.add_argument("command", choices=("run", "time", "table", "estimate", "why"))
     parser.add_argument(
         "--study", default="core", help="name or path of the study, or several: 'ablation_*' (default: core)"
     )
@@ -83,6 +84,8 @@ def perform(name: str, options: argparse.Namespace) -> int:
     if options.command == "estimate":
         Console().print(Estimate(study, store.results).table(options.jobs))
         return 0
+    if options.command == "time":
+        return time_steps(study, store, options)
     if options.command == "why":
         return explain(study, store, options, command_of(options, name))
     from benchmarks.quality.table import write
@@ -104,6 +107,19 @@ def run(study: Study, store: Store, options: argparse.Namespace) -> int:
     """Perform what is not finished."""
     place = place_of(study, options)
     return 1 if execute(study, store, place, jobs=options.jobs, minutes=options.limit_minutes) else 0
+
+
+def time_steps(study: Study, store: Store, options: argparse.Namespace) -> int:
+    """Time steps of the chosen settings, where that is not done."""
+    from benchmarks.quality.timing import measure, missing
+    from benchmarks.quality.train import quiet
+
+    quiet()
+    place = place_of(study, options)
+    for run, other in missing(study, store.results, place):
+        store.add(line := measure(run, other, place))
+        print(f"{run.task} {run.method}: {', '.join(f'{ratio:.3f}' for ratio in line['cost']['ratios'])}", flush=True)
+    return 0
 
 
 def explain(study: Study, store: Store, options: argparse.Namespace, command: str) -> int:

@@ -138,7 +138,7 @@ class Variant:
         put: values of the configuration, by key with dots.
         against: row that it is compared with.
         steps_of: variant whose epochs it takes.
-        time_of: variant whose training time it is given: its epochs are multiplied by the ratio of the CPU seconds.
+        time_of: variant whose training time it is given: that one's epochs, divided by the ratio of their steps' times.
     """
 
     name: str

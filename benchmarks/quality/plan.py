@@ -18,6 +18,8 @@ PROTOCOL = 1
 KEEP, LAST = "keep", "last"
 """Entry of a configuration: the epoch whose weights count, and its value for the last one; the best one without it."""
 TUNE, FINAL, TEACHER = "tune", "final", "teacher"
+TIME = "time"
+"""Phase of results that say nothing but how long steps take."""
 UNTRAINED = ("average", "ensemble")
 """What methods may derive from their teachers without training."""
 Results = Mapping[str, dict[str, Any]]
@@ -230,11 +232,12 @@ def chosen(study: Study, task: Task, variant: Variant, results: Results) -> Sett
         setting["epochs"] = other["epochs"]
     if variant.time_of is not None:
         home, tuned = study.source(variant)
-        mine = _seconds(home, task, tuned, results)
-        other_seconds = _seconds(*_elsewhere(study, task, variant.time_of), results)
-        if mine is None or other_seconds is None:
+        elsewhere = _elsewhere(study, task, variant.time_of)
+        mine, theirs = step_ratios(home, task, tuned, results), step_ratios(*elsewhere, results)
+        other = chosen(*elsewhere, results)
+        if not mine or not theirs or other is None:
             return None
-        setting["epochs"] = _times(setting["epochs"], other_seconds / mine)
+        setting["epochs"] = _times(other["epochs"], statistics.median(theirs) / statistics.median(mine))
     return {**setting, **variant.fixed}
 
 
@@ -247,13 +250,29 @@ def _times(value: float, factor: float) -> float:
     return max(1, round(value * factor)) if isinstance(value, int) else float(f"{value * factor:.4g}")
 
 
-def _seconds(study: Study, task: Task, variant: Variant, results: Results) -> float | None:
-    """CPU seconds of a final run, once all of them are there."""
-    runs = finals(study, task, variant, results)
-    if runs is None or any(run.key not in results for run in runs.values()):
+def pair(study: Study, task: Task, variant: Variant, results: Results) -> tuple[Run, Run] | None:
+    """A final run of a row and one of the row that it is compared with, whose steps are to be timed in turns.
+
+    None as long as they are not known, and for rows that train nothing.
+    """
+    if study.methods[variant.method].derive in UNTRAINED or variant.against not in study.known:
         return None
-    done = [results[run.key] for run in runs.values() if results[run.key]["status"] == "done"]
-    return statistics.mean(result["cost"]["cpu_seconds"] for result in done) if done else None
+    own, other = (finals(study, task, row, results) for row in (variant, study.known[variant.against]))
+    return None if own is None or other is None else (own[study.seeds[0]], other[study.seeds[0]])
+
+
+def timing_key(run: Run, other: Run) -> str:
+    """Names the result of timing two runs in turns."""
+    return digest(f"{TIME} {run.key} {other.key} {PROTOCOL}".encode())
+
+
+def step_ratios(study: Study, task: Task, variant: Variant, results: Results) -> list[float]:
+    """Time of a row's training step relative to that of the row that it is compared with, by round; none if not measured."""
+    runs = pair(study, task, variant, results)
+    if runs is None or runs[0] == runs[1]:
+        return [1.0] if runs else []
+    timed = results.get(timing_key(*runs))
+    return timed["cost"]["ratios"] if timed else []
 
 
 def finals(study: Study, task: Task, variant: Variant, results: Results) -> dict[int, Run] | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.quality.config import Setting, Study, Task, Variant
 from benchmarks.quality.costs import spent
-from benchmarks.quality.plan import KEEP, LAST, UNTRAINED, Results, chosen, finals, score, trials, wanted_trials
+from benchmarks.quality.plan import KEEP, LAST, UNTRAINED, Results, chosen, finals, score, step_ratios, trials, wanted_trials
 from benchmarks.quality.stats import Interval, interval, paired
 
 AGAINST = ("ema", "swa", "k_average", "distilled")
@@ -24,8 +24,9 @@ PLAIN = "plain"
 COSTS = (
     "Cost of a final run, mean over seeds, and the chosen settings. What it cost to train the networks that a row is made "
     "of is in all its numbers; the search for settings is in none. *Seconds*: wall time of the training loop, without "
-    "validation. *CPU seconds*: of the process, with validation; less disturbed by what else runs there. *A step*: CPU "
-    "seconds (on an accelerator: seconds) of a step of the row's own training, relative to plain. *FLOPs*: of forward and "
+    "validation. *CPU seconds*: of the process, with validation. Both depend on what else ran there, and compare badly. "
+    "*A step*: time of a step of the row's own training relative to plain (or what the row is compared with), the two in "
+    "turns in one process, by `python -m benchmarks.quality time`: median and range over rounds. *FLOPs*: of forward and "
     "backward; mixing kernels, averaging weights and estimating BatchNorm anew are in the seconds only."
 )
 
@@ -47,6 +48,7 @@ class Row:
         done: results of final runs by seed; ``diverged``: seeds that did not end well.
         seeds: final runs in all.
         trials_of: whose trials they are, in words, if not the row's own.
+        ratios: times of a step, relative to the row that it is compared with, as measured.
     """
 
     variant: Variant
@@ -60,6 +62,7 @@ class Row:
     diverged: list[int]
     seeds: int
     trials_of: str = ""
+    ratios: Sequence[float] = ()
 
     def metric(self, name: str) -> dict[int, float]:
         """By seed."""
@@ -82,16 +85,6 @@ class Row:
         parts = [result["cost"].get("teachers", {}).get("flops", 0) or 0 for result in self.done.values()]
         return statistics.mean(parts) / self.cost("flops") if parts and self.cost("flops") else 0.0
 
-    @property
-    def step_seconds(self) -> float:
-        """Of the row's own training: CPU seconds, but on an accelerator those of the clock."""
-        own = []
-        for result in self.done.values():
-            clock = "cpu_seconds" if result["environment"]["device"] == "cpu" else "seconds"
-            own.append((result["cost"][clock], result["cost"]["steps"]))
-        times = [seconds / steps for seconds, steps in own if steps and seconds is not None]
-        return statistics.mean(times) if times else math.nan
-
 
 def rows(study: Study, task: Task, results: Results) -> dict[str, Row]:
     """All rows of a task by the name of their variant."""
@@ -113,6 +106,7 @@ def rows(study: Study, task: Task, results: Results) -> dict[str, Row]:
             [seed for seed, result in ended.items() if result["status"] != "done"],
             len(study.seeds),
             trials_of(study, variant),
+            step_ratios(study, task, variant, results),
         )
     return found
 
@@ -223,17 +217,22 @@ def _costs(found: dict[str, Row]) -> Iterator[str]:
     header = ["method", "steps", "seconds", "CPU seconds", "a step", "FLOPs", "parameters trained / deployed"]
     yield from _head([*header, "trials", "setting"])
     for row in found.values():
-        plain = found.get(row.variant.against)
         parameters = next((result["cost"]["parameters"] for result in row.done.values()), None)
         trained = f"{parameters['training']:,} / {parameters['deployed']:,}" if parameters else NOTHING
         setting = ", ".join(f"{name} {value}" for name, value in (row.setting or {}).items()) or "not chosen yet"
-        ratio = row.step_seconds / plain.step_seconds if plain else math.nan
         cells = [row.title, *(_number(row.cost(name), ",.0f") for name in ("steps", "seconds", "cpu_seconds"))]
         flops = _number(row.cost("flops"), ".3g") + (f", {row.teachers:.0%} of them teachers'" if row.teachers else "")
         failed = f", {row.failed} diverged" if row.failed else ""
         yield _line(
-            [*cells, _number(ratio, ".2f"), flops, trained, f"{row.tried} of {row.wanted}{row.trials_of}{failed}", setting]
+            [*cells, _range(row.ratios), flops, trained, f"{row.tried} of {row.wanted}{row.trials_of}{failed}", setting]
         )
+
+
+def _range(values: Sequence[float]) -> str:
+    """Median, least and largest."""
+    if len(values) < 2:
+        return "".join(f"{value:.2f}" for value in values) or NOTHING
+    return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
 
 
 def _number(value: float, form: str) -> str:

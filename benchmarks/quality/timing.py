@@ -1,0 +1,83 @@
+"""How long a training step takes, relative to the one of the row that a row is compared with."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from benchmarks.quality.build import build
+from benchmarks.quality.config import Study, StudyError
+from benchmarks.quality.derive import begin
+from benchmarks.quality.place import Place
+from benchmarks.quality.plan import TIME, Results, Run, pair, timing_key
+from benchmarks.quality.train import environment, fit
+
+ROUNDS, STEPS, WARM_UP = 7, 40, 8
+
+
+class Clock(Callback):
+    """The moments at which steps begin: between two of them lies all that belongs to a step, hooks and data included."""
+
+    def __init__(self) -> None:
+        self.moments: list[float] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.synchronize()
+        self.moments.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> float:
+        """Median of a step, without the first ones."""
+        lengths = [later - earlier for earlier, later in zip(self.moments, self.moments[1:], strict=False)]
+        return statistics.median(lengths[min(WARM_UP, len(lengths) // 2) :])
+
+
+def step_seconds(run: Run, place: Place) -> float:
+    """Of a step in a first epoch that is cut short."""
+    trainer = {**run.config["trainer"], "limit_train_batches": STEPS + WARM_UP, "limit_val_batches": 0, "max_epochs": 1}
+    cli = build({**run.config, "trainer": trainer}, place, run.seed)
+    begin(run, place, cli)
+    clock = Clock()
+    cli.trainer.callbacks.append(clock)  # type: ignore[attr-defined]
+    fit(cli.trainer, cli.model, cli.datamodule, run.seed)
+    return clock.seconds
+
+
+def measure(run: Run, other: Run, place: Place, rounds: int = ROUNDS) -> dict[str, Any]:
+    """Time two runs in turns.
+
+    Returns:
+        A line of results, with the ratio of each round.
+    """
+    ratios, seconds = [], []
+    for _ in range(rounds):
+        its, own = step_seconds(other, place), step_seconds(run, place)
+        ratios.append(own / its)
+        seconds.append(own)
+    what = {name: getattr(run, name) for name in ("task", "method", "setting", "seed", "split")}
+    cost = {"ratios": ratios, "step_seconds": statistics.median(seconds)}
+    line = {"key": timing_key(run, other), **what, "phase": TIME, "status": "timed", "reason": None, "against": other.key}
+    return {**line, "metrics": {}, "cost": cost, "environment": environment(place)}
+
+
+def missing(study: Study, results: Results, place: Place) -> Iterator[tuple[Run, Run]]:
+    """Pairs whose settings are chosen and that were not timed yet.
+
+    Raises:
+        StudyError: a network that one of them needs is not there.
+    """
+    for task in study.tasks.values():
+        for variant in study.variants.values():
+            runs = pair(study, task, variant, results)
+            if runs is None or runs[0] == runs[1] or timing_key(*runs) in results:
+                continue
+            if not all(place.network(need.key).exists() for run in runs for need in run.needs):
+                raise StudyError(f"{task.name}, {variant.name}: it needs networks that are not there; run the study first")
+            yield runs
