@@ -14,7 +14,7 @@ pytest.importorskip("sklearn")
 from benchmarks.quality import plan as planning
 from benchmarks.quality.place import Place
 from benchmarks.quality.probe import Probe, curvature, gaps, gradients, own_rates
-from benchmarks.quality.why import middle, why
+from benchmarks.quality.why import at_equal_loss, middle, why
 from lightning_sop import MajorityKernels, SimulatedOverparam
 from tests.test_quality import fake, random_state, study  # noqa: F401
 from tests.test_quality_methods import trainer
@@ -154,3 +154,14 @@ def test_the_middle_of_a_run():
     assert middle(rows) == {"epoch": 6.0, "loss": 60.0}
     kernels = [{"epoch": 1.0, "curvature": 0.2, "decay": 0.1, "preconditioned": 2.0}]
     assert middle(kernels)["measured"] == pytest.approx(0.6)
+
+
+def test_gradients_are_compared_at_the_same_training_loss():
+    """Two runs with ‖g‖² = c L², one of which is slower: the ratio of the constants, whatever the epochs."""
+
+    def run(c, pace):
+        losses = [2.0 ** (-pace * epoch) for epoch in range(1, 13)]
+        return [{"epoch": e, "loss": loss, "batch_gradient": c * loss**2} for e, loss in enumerate(losses, start=1)]
+
+    assert at_equal_loss(run(3.0, 0.5), run(4.0, 0.7)) == pytest.approx(0.75)
+    assert at_equal_loss(run(3.0, 9.0), run(4.0, 0.1)) != at_equal_loss(run(3.0, 9.0), run(4.0, 0.1))  # never the same

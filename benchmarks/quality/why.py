@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -91,11 +93,13 @@ def render(study: Study, documents: Mapping[str, Any], command: str) -> list[str
         f"`{command}`",
         "",
         f"One run of each row, with the same seed. Measured at the collapsed weights on {BATCHES} batches of training data,"
-        " in evaluation mode; medians over the middle half of the run. E‖g‖²: of a batch, over that of the first row at the"
-        " same epochs. Excess: mean loss over mixes minus that of the mean kernel, by finite differences. Predicted:"
-        " ¼ (A - 1) Σ hⱼ E gⱼ². A - 1 measured: what the curvature amounts to, 4 (½ tr(HC) + decay) / Σ hⱼ E gⱼ².",
+        " in evaluation mode; medians over the middle half of the run. E‖g‖²: of a batch, over that of the first row, at the"
+        " same epochs and where that one has the same training loss. Excess: mean loss over mixes minus that of the mean"
+        " kernel, by finite differences. Predicted: ¼ (A - 1) Σ hⱼ E gⱼ². A - 1 measured: what the curvature amounts to,"
+        " 4 (½ tr(HC) + decay) / Σ hⱼ E gⱼ².",
     ]
-    columns = ["", "training loss", "E‖g‖²", "excess", "½ tr(HC)", "predicted", "A - 1 of the draw", "A - 1 measured"]
+    columns = ["", "training loss", "E‖g‖²", "at equal loss"]
+    columns += ["excess", "½ tr(HC)", "predicted", "A - 1 of the draw", "A - 1 measured"]
     for name, document in documents.items():
         rows = list(document["rows"].values())
         first = middle(rows[0]["measured"])
@@ -103,7 +107,8 @@ def render(study: Study, documents: Mapping[str, Any], command: str) -> list[str
         page += [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
         for row in rows:
             found = middle(row["measured"])
-            cells = [row["title"], f"{found['loss']:.4f}", f"{found['batch_gradient'] / first['batch_gradient']:.2f}"]
+            relative = found["batch_gradient"] / first["batch_gradient"], at_equal_loss(row["measured"], rows[0]["measured"])
+            cells = [row["title"], f"{found['loss']:.4f}", *(f"{value:.2f}" for value in relative)]
             if "amplification" in found:
                 cells += [f"{found[key]:.2g}" for key in ("gap", "curvature", "predicted_own_rates")]
                 cells += [f"{found['amplification'] - 1:.2f}", f"{found['measured']:.2f}"]
@@ -116,6 +121,22 @@ def middle(measured: list[dict[str, float]]) -> dict[str, float]:
     last = measured[-1]["epoch"]
     rows = [_amplified(row) for row in measured if last / 4 <= row["epoch"] <= 3 * last / 4] or [_amplified(measured[-1])]
     return {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+
+
+def at_equal_loss(measured: Sequence[Row], first: Sequence[Row]) -> float:
+    """Median ratio of E‖g‖² to that of another run where it has the same training loss; NaN where it never has.
+
+    Between measurements logarithms are interpolated.
+    """
+    known = sorted((math.log(row["loss"]), math.log(row["batch_gradient"])) for row in first)
+    losses, gradients = zip(*known, strict=True)
+    last = measured[-1]["epoch"]
+    ratios = []
+    for row in measured:
+        loss = math.log(row["loss"])
+        if last / 4 <= row["epoch"] <= 3 * last / 4 and losses[0] <= loss <= losses[-1]:
+            ratios.append(row["batch_gradient"] / math.exp(np.interp(loss, losses, gradients)))
+    return statistics.median(ratios) if ratios else math.nan
 
 
 def _amplified(row: Row) -> dict[str, float]:
