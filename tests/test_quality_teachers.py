@@ -210,3 +210,11 @@ def test_other_methods_run_and_keep_a_plain_network(study, name, tmp_path):  # n
     assert list(module.state_dict()) == ["net.hidden.0.weight", "net.hidden.0.bias", "net.head.weight", "net.head.bias"]
     trained, deployed = (result["cost"]["parameters"][key] for key in ("training", "deployed"))
     assert trained > 1.5 * deployed if name == "overcomplete" else trained == deployed
+
+
+def test_outlying_rows_do_not_hide_the_others():
+    from benchmarks.quality.plots import _limit
+
+    assert 0.02 < _limit([0.008, 0.002, 0.004, 3.09, 0.016]) < 3
+    assert _limit([0.0]) == 0
+    assert _limit([]) > 1e9

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from benchmarks.quality.table import Row
 
 Table = Mapping[str, Mapping[str, "Row"]]
+OUTLYING = 10
+"""Rows whose difference to plain is so many times the median one are named at the edge: they would hide all others."""
 KEY_COLOURS = {"plain": "black", "Majority Kernels": "C3"}
 
 
@@ -81,13 +83,22 @@ def _differences(table: Table) -> Any:
         metrics = ((left, "test_loss", 1.0, "test loss", False), (right, "", factor, f"test {label}", higher_is_better))
         to = "plain" if all(row.variant.against == PLAIN for row, _ in pairs) else "its pair"
         for axis, metric, scale, title, higher in metrics:
+            found = {}
             for place, (row, other) in enumerate(reversed(pairs)):
                 name = metric or score_name(row.task)
-                found = paired(row.metric(name), other.metric(name))
-                if found is not None:
-                    axis.errorbar(
-                        scale * found.mean, place, xerr=scale * found.half, fmt="o", ms=4, capsize=3, **_style(row)
+                difference = paired(row.metric(name), other.metric(name))
+                if difference is not None:
+                    found[place] = row, scale * difference.mean, scale * difference.half
+            limit = _limit([abs(mean) + half for _, mean, half in found.values()])
+            for place, (row, mean, half) in found.items():
+                if abs(mean) > limit:
+                    text, x = (f"{mean:+.3g} →", 0.98) if mean > 0 else (f"← {mean:+.3g}", 0.02)
+                    side = "right" if mean > 0 else "left"
+                    axis.text(
+                        x, place, text, transform=axis.get_yaxis_transform(), ha=side, va="center", fontsize=8, **_style(row)
                     )
+                else:
+                    axis.errorbar(mean, place, xerr=half, fmt="o", ms=4, capsize=3, **_style(row))
             axis.axvline(0, color="black", linewidth=0.8)
             axis.grid(axis="x", alpha=0.3)
             axis.tick_params(labelsize="small")
@@ -95,6 +106,11 @@ def _differences(table: Table) -> Any:
         left.set_ylim(-0.7, len(pairs) - 0.3)
         left.set_yticks(range(len(pairs)), [_label(row) for row, _ in reversed(pairs)])
     return figure
+
+
+def _limit(extents: Sequence[float]) -> float:
+    """Beyond it, values are outlying."""
+    return OUTLYING * statistics.median(extents) if extents else math.inf
 
 
 def _label(row: Row) -> str:
@@ -130,11 +146,16 @@ def _costs(table: Table) -> Any:
     figure, axes = _panels(len(shown), 3.6, 1 + math.ceil(len(names) / 3))
     for (task, rows), axis in zip(shown.items(), axes, strict=True):
         unit = table[task][PLAIN].cost("flops")
+        losses = {row.title: statistics.mean(row.metric("test_loss").values()) for row in rows}
+        plain = losses[table[task][PLAIN].title]
+        limit = _limit([abs(loss - plain) for loss in losses.values() if loss != plain])
         for row in rows:
-            x, y = row.cost("flops") / unit, statistics.mean(row.metric("test_loss").values())
-            axis.plot(x, y, "o", ms=5, **_style(row))
-            number = str(names.index(row.title) + 1)
-            axis.annotate(number, (x, y), (4, 4), textcoords="offset points", fontsize="small")
+            x, y, number = row.cost("flops") / unit, losses[row.title], str(names.index(row.title) + 1)
+            if abs(y - plain) > limit:
+                axis.text(x, 0.97, f"{number}: {y:.3g} ↑", transform=axis.get_xaxis_transform(), va="top", fontsize="small")
+            else:
+                axis.plot(x, y, "o", ms=5, **_style(row))
+                axis.annotate(number, (x, y), (4, 4), textcoords="offset points", fontsize="small")
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.margins(0.12)
