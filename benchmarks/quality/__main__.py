@@ -60,8 +60,8 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--networks", type=Path, default=Path("quality_networks"), help="folder for trained networks")
     options = parser.parse_args(words)
     try:
-        names = find_studies(options.study)
-        status = max(perform(name, options) for name in names)
+        names = [name for name in find_studies(options.study) if "*" not in options.study or has_tasks(name, options.tasks)]
+        status = max((do(name, options) for name in names), default=0)
         if options.command == "table" and len(names) > 1:
             from benchmarks.quality.table import write_overview
 
@@ -75,7 +75,12 @@ def main(words: Sequence[str] | None = None) -> int:
     return status
 
 
-def perform(name: str, options: argparse.Namespace) -> int:
+def has_tasks(name: str, tasks: Sequence[str] | None) -> bool:
+    """Whether a study has all of them."""
+    return set(tasks or ()) <= set(read_study(name).tasks)
+
+
+def do(name: str, options: argparse.Namespace) -> int:
     """The command for one study."""
     study = read_study(name).only(options.tasks, options.methods)
     store = Store(options.results).read(study.files)
@@ -116,10 +121,13 @@ def time_steps(study: Study, store: Store, options: argparse.Namespace) -> int:
 
     quiet()
     place = place_of(study, options)
-    for run, other in missing(study, store.results, place):
+    pairs, waiting = missing(study, store.results, place)
+    for run, other in pairs:
         store.add(line := measure(run, other, place))
         print(f"{run.task} {run.method}: {', '.join(f'{ratio:.3f}' for ratio in line['cost']['ratios'])}", flush=True)
-    return 0
+    if waiting:
+        print(f"not timed: {', '.join(waiting)}, whose networks are not there; run the study first", file=sys.stderr)
+    return 1 if waiting else 0
 
 
 def explain(study: Study, store: Store, options: argparse.Namespace, command: str) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from benchmarks.quality.build import build
-from benchmarks.quality.config import Study, StudyError
+from benchmarks.quality.config import Study
 from benchmarks.quality.derive import begin
 from benchmarks.quality.place import Place
 from benchmarks.quality.plan import TIME, Results, Run, pair, timing_key
@@ -67,17 +66,20 @@ def measure(run: Run, other: Run, place: Place, rounds: int = ROUNDS) -> dict[st
     return {**line, "metrics": {}, "cost": cost, "environment": environment(place)}
 
 
-def missing(study: Study, results: Results, place: Place) -> Iterator[tuple[Run, Run]]:
-    """Pairs whose settings are chosen and that were not timed yet.
+def missing(study: Study, results: Results, place: Place) -> tuple[list[tuple[Run, Run]], list[str]]:
+    """What is to be timed.
 
-    Raises:
-        StudyError: a network that one of them needs is not there.
+    Returns:
+        Pairs whose settings are chosen and that were not timed yet; names of rows that need networks that are not there.
     """
+    pairs, waiting = [], []
     for task in study.tasks.values():
         for variant in study.variants.values():
             runs = pair(study, task, variant, results)
             if runs is None or runs[0] == runs[1] or timing_key(*runs) in results:
                 continue
-            if not all(place.network(need.key).exists() for run in runs for need in run.needs):
-                raise StudyError(f"{task.name}, {variant.name}: it needs networks that are not there; run the study first")
-            yield runs
+            if all(place.network(need.key).exists() for run in runs for need in run.needs):
+                pairs.append(runs)
+            else:
+                waiting.append(f"{task.name} {variant.name}")
+    return pairs, waiting

@@ -47,6 +47,12 @@ class WriteJob:
 
     def __call__(self) -> bool:
         """Do it; says whether the file is there."""
+        written = self._write()
+        if not self.keep_training_file:
+            files.remove(self.path)
+        return written
+
+    def _write(self) -> bool:
         if not self.wanted():
             return False
         store.write(self.export.target, self.content, self.export.format)
@@ -59,8 +65,6 @@ class WriteJob:
             with contextlib.suppress(FileNotFoundError):  # another thread may have removed one, no longer best or last
                 moment = os.stat(sibling).st_mtime - 1.0
                 os.utime(local, (moment, moment))
-        if not self.keep_training_file:
-            files.remove(self.path)
         return True
 
 

@@ -159,6 +159,7 @@ class CollapseOnSave(Callback):
         try:
             content = proven_content(self._trainer, checkpoint, path, options, self._probe, foreign)
         except CollapseError as error:
+            self._written.pop(path, None)
             files.remove(target)  # of an earlier save under the same name: no longer what the checkpoint holds
             if self.on_mismatch == "raise":
                 raise

@@ -175,26 +175,71 @@ def test_a_file_that_is_removed_while_it_is_written(tmp_path, monkeypatch):
     assert names(tmp_path) == ["x.ckpt"]
 
 
-@pytest.mark.parametrize("slow", ["before", "after"])
-def test_a_file_of_a_checkpoint_that_was_removed_before_another_thread_wrote_it(tmp_path, monkeypatch, slow):
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("slow", ["training file", "before", "after"])
+def test_a_file_of_a_checkpoint_that_was_removed_before_another_thread_wrote_it(tmp_path, monkeypatch, slow, keep):
     """The Trainer does not wait for that thread before it removes what is the best no longer."""
-    real, removed = store.write, threading.Event()
+    real, removed, written = store.write, threading.Event(), []
+
+    class Slow(TorchCheckpointIO):
+        def save_checkpoint(self, *args, **kwargs):
+            if slow == "training file":
+                assert removed.wait(60)
+            super().save_checkpoint(*args, **kwargs)
 
     def write(path, *args):
+        written.append(os.path.basename(path))
         if slow == "after":
             real(path, *args)
         assert removed.wait(60)
-        if slow == "before":
+        if slow != "after":
             real(path, *args)
 
     class Tells(ModelCheckpoint):
         def _remove_checkpoint(self, trainer, filepath):
-            while not os.path.exists(filepath):  # another thread writes the training file too
+            deadline = time.monotonic() + 60
+            while slow != "training file" and not written and time.monotonic() < deadline:
                 time.sleep(0.01)
             super()._remove_checkpoint(trainer, filepath)
             removed.set()
 
     monkeypatch.setattr(store, "write", write)
-    saves = Tells(tmp_path, filename="{epoch}")
-    fit(tmp_path, CollapseOnSave(), saves, max_epochs=2, plugins=[AsyncCheckpointIO()])
-    assert removed.is_set() and names(tmp_path) == ["epoch=1.ckpt", "epoch=1.deploy.ckpt"]
+    collapse = CollapseOnSave(keep_training_file=keep)
+    fit(tmp_path, collapse, Tells(tmp_path, filename="{epoch}"), max_epochs=2, plugins=[AsyncCheckpointIO(Slow())])
+    assert removed.is_set()
+    assert [name for name in names(tmp_path) if ".deploy." in name] == ["epoch=1.deploy.ckpt"]
+    if slow == "training file":
+        assert written == ["epoch=1.deploy.ckpt"]
+    assert keep or not [name for name in names(tmp_path) if ".deploy." not in name]
+
+
+@pytest.mark.filterwarnings("ignore:.*differ")
+def test_a_save_that_is_not_proven_leaves_no_earlier_file_to_be_written(tmp_path, monkeypatch):
+    """Of the same name, and still to be written by another thread when the next save fails."""
+    from lightning_sop.callbacks import collapse_on_save as module
+
+    real, proven, failed, saves = store.write, module.proven_content, threading.Event(), []
+
+    def prove(*args):
+        saves.append(1)
+        if len(saves) > 1:
+            raise CollapseError("they differ")
+        return proven(*args)
+
+    def write(path, *args):
+        assert failed.wait(60)
+        real(path, *args)
+
+    class Tells(CollapseOnSave):
+        def prepare(self, checkpoint, path):
+            job = super().prepare(checkpoint, path)
+            if len(saves) > 1:
+                failed.set()
+            return job
+
+    monkeypatch.setattr(module, "proven_content", prove)
+    monkeypatch.setattr(store, "write", write)
+    checkpoints = ModelCheckpoint(tmp_path, filename="x", enable_version_counter=False)
+    fit(tmp_path, Tells(on_mismatch="warn"), checkpoints, max_epochs=2, plugins=[AsyncCheckpointIO()])
+    assert len(saves) > 1
+    assert not [name for name in names(tmp_path) if ".deploy." in name]

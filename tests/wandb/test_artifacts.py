@@ -73,12 +73,12 @@ def test_what_is_there_at_the_end(format: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("written_by", ["this thread", "another thread"])
 def test_each_as_it_is_written(written_by: str, tmp_path: Path) -> None:
-    """Also those that are removed again."""
+    """Also those that are removed again, unless that was before another thread came to write them."""
     plugins = {"plugins": [AsyncCheckpointIO()]} if written_by == "another thread" else {}
     run = trained(tmp_path, CollapseOnSave(log_artifact="all"), checkpoints(tmp_path, save_top_k=1, mode="min"), **plugins)
     found = artifacts(run.written, "deploy-")
     steps = [json.loads(artifact.metadata)["global_step"] for artifact in found]
-    assert steps == sorted(set(steps)) and 1 < len(steps) <= 3
+    assert steps == sorted(set(steps)) and (1 if plugins else 2) <= len(steps) <= 3
     assert len(list((tmp_path / "saved").glob("*.deploy.ckpt"))) == 1
     assert all("best" in artifact.aliases for artifact in found) and not artifacts(run.written, "model-")
 
