@@ -121,8 +121,13 @@ def test_equal_steps_and_equal_time(study):  # noqa: F811
     study = replace(study, trials=1, stages=[[plain, ours, longer, stepped]])
     task, results = study.tasks["tiny"], chosen(study)
     assert planning.finals(study, task, longer, results) is None  # not timed yet
+    ours = replace(ours, fixed={"epochs": 3})  # times count for the steps of the other row's epochs
+    study = replace(study, stages=[[plain, ours, longer, stepped]])
+    results = {**results, **chosen(study)}
     results.update(timed(study, task, "majority_kernels", results, 2.6))
-    assert planning.finals(study, task, longer, results)[0].setting["epochs"] == round(2 * 2.6)
+    assert planning.finals(study, task, longer, results)[0].setting["epochs"] == round(3 * 2.6)
+    with pytest.raises(StudyError, match="longer has time_of: no put"):
+        planning.finals(study, task, replace(longer, put={"trainer.max_epochs": 1}), results)
     assert planning.finals(study, task, stepped, results)[0].setting["epochs"] == 2
 
 

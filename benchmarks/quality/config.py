@@ -138,7 +138,7 @@ class Variant:
         put: values of the configuration, by key with dots.
         against: row that it is compared with.
         steps_of: variant whose epochs it takes.
-        time_of: variant whose training time it is given: that one's epochs, divided by the ratio of their steps' times.
+        time_of: variant whose training time it is given: that one's epochs, times its step's time over this one's.
     """
 
     name: str
@@ -192,6 +192,11 @@ class Study:
     def known(self) -> dict[str, Variant]:
         """All; the others' networks and settings may be needed."""
         return {variant.name: variant for stage in self.stages for variant in stage}
+
+    def title_of(self, variant: Variant) -> str:
+        """What a row is called in tables."""
+        method = self.methods[variant.method]
+        return variant.title or (method.title if variant.name == variant.method else variant.name)
 
     @property
     def all_trials(self) -> int:

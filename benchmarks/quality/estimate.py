@@ -16,7 +16,7 @@ class Estimate:
 
     A run is expected to take as many seconds for each epoch as finished ones of its task and method did, or else as those of
     the plain method, or any, on its task times the method's ``effort``. Where the setting is still to be chosen, the epochs
-    are the mean of what is tried. Networks that runs need of others are counted as soon as their setting is known.
+    are the mean of what is tried. Networks that runs need of others are counted once, known or not.
 
     Args:
         study: what is to be run.

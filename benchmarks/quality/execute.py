@@ -163,10 +163,10 @@ class _Execution:
             self._show(progress, bar, Estimate(self.study, self.store.results))
 
     def _say_what_waits(self) -> None:
-        """Settings of rows that are not part of this run of the study, or that had errors."""
+        """For rows that are not part of this run or had errors, and for steps that `time` has not timed yet."""
         waiting = {f"{slot.task} {slot.variant.name}": None for slot in plan(self.study, self.store.results) if not slot.run}
         if waiting:
-            self.console.print(f"waiting for the settings or networks of other rows: {', '.join(waiting)}")
+            self.console.print(f"waiting for settings, networks or times of other rows: {', '.join(waiting)}")
 
     def _finish(self, slot: Slot, result: dict[str, Any]) -> None:
         name = f"{slot.task} {slot.row} {slot.phase} {slot.index}"

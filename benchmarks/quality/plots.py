@@ -153,6 +153,7 @@ def _costs(table: Table) -> Any:
             x, y, number = row.cost("flops") / unit, losses[row.title], str(names.index(row.title) + 1)
             if abs(y - plain) > limit:
                 axis.text(x, 0.97, f"{number}: {y:.3g} ↑", transform=axis.get_xaxis_transform(), va="top", fontsize="small")
+                axis.update_datalim([(x, plain)])
             else:
                 axis.plot(x, y, "o", ms=5, **_style(row))
                 axis.annotate(number, (x, y), (4, 4), textcoords="offset points", fontsize="small")

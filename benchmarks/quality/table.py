@@ -93,11 +93,10 @@ def rows(study: Study, task: Task, results: Results) -> dict[str, Row]:
         tried = [results[run.key] for run in trials(study, task, variant, results) if run.key in results]
         setting, last = chosen(study, task, variant, results), finals(study, task, variant, results) or {}
         ended = {seed: results[run.key] for seed, run in last.items() if run.key in results}
-        method = study.methods[variant.method]
         found[variant.name] = Row(
             variant,
             task,
-            variant.title or (method.title if variant.name == variant.method else variant.name),
+            study.title_of(variant),
             len(tried),
             wanted_trials(study, variant),
             sum(not math.isfinite(score(result)) for result in tried),

@@ -183,7 +183,7 @@ def keep(run: Run, place: Place, state: dict[str, Tensor]) -> None:
 
 
 def summary(best: Best) -> dict[str, Any]:
-    """What the validation said: metrics of the best epoch and of the last one, and all of them."""
+    """What the validation said: metrics of the kept epoch ("best_epoch", or the last), of the last one, and all of them."""
     if not best.curve:
         return {"epochs": 0}
     return {

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from benchmarks.quality.config import Study, StudyError, Task
+from benchmarks.quality.config import Study, StudyError, Task, Variant
 from benchmarks.quality.place import Place
 from benchmarks.quality.plan import Results, Run, finals
 from benchmarks.quality.probe import BATCHES, Probe
@@ -25,42 +25,47 @@ Row = Mapping[str, float]
 def why(study: Study, results: Results, place: Place, folder: Path, command: str) -> list[Path]:
     """Train a network of each row again, with its chosen setting and the first seed, and write what was measured.
 
-    Rows that are written already with the same setting are not trained again.
+    Rows that are written already with the same setting are not trained again. The page has all tasks that were measured.
 
     Returns:
         For each task its measurements and a picture; last the page.
 
     Raises:
-        StudyError: a setting is not chosen yet.
+        StudyError: a setting is not chosen yet, or a row is made of other networks.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    written, documents = [], {}
+    written = []
     for task in study.tasks.values():
         data, picture = (folder / f"why_{study.name}_{task.name}.{suffix}" for suffix in ("json", "png"))
-        before = json.loads(data.read_text()) if data.exists() else {"rows": {}}
-        document = {"study": study.name, "task": task.name, "seed": study.seeds[0], "rows": before["rows"]}
-        for name, run in _first_runs(study, task, results).items():
-            if document["rows"].get(name, {}).get("key") != run.key:
-                title = study.variants[name].title or study.methods[run.method].title
-                measured = {"key": run.key, "title": title, "setting": run.setting, "commit": place.commit}
-                document["rows"][name] = {**measured, "measured": follow(run, place)}
-                data.write_text(json.dumps(document, indent=1) + "\n")
-        draw(document, picture)
-        documents[task.name] = document
+        known = json.loads(data.read_text())["rows"] if data.exists() else {}
+        document = {"study": study.name, "task": task.name, "title": task.title, "seed": study.seeds[0]}
+        rows: dict[str, Any] = {}
+        for variant in study.known.values():
+            run = _first_run(study, task, variant, results)
+            row = known.get(variant.name)
+            if variant.name in study.variants and (row is None or row["key"] != run.key):
+                measured = follow(run, place)
+                row = {"key": run.key, "setting": run.setting, "commit": place.commit, "measured": measured}
+            if row is not None and row["key"] == run.key:
+                rows[variant.name] = {**row, "title": study.title_of(variant)}
+            data.write_text(json.dumps({**document, "rows": {**known, **rows}}, indent=1) + "\n")
+        data.write_text(json.dumps({**document, "rows": rows}, indent=1) + "\n")
+        draw({**document, "rows": rows}, picture)
         written += [data, picture]
     page = folder / f"why_{study.name}.md"
-    page.write_text("\n".join(render(study, documents, command)) + "\n")
+    measured_tasks = [json.loads(path.read_text()) for path in sorted(folder.glob(f"why_{study.name}_*.json"))]
+    page.write_text("\n".join(render(study.title, measured_tasks, command)) + "\n")
     return [*written, page]
 
 
-def _first_runs(study: Study, task: Task, results: Results) -> dict[str, Run]:
-    found = {}
-    for name, variant in study.variants.items():
-        runs = finals(study, task, variant, results)
-        if runs is None:
-            raise StudyError(f"{task.name}: the setting of {name} is not chosen yet; run the study first")
-        found[name] = runs[study.seeds[0]]
-    return found
+def _first_run(study: Study, task: Task, variant: Variant, results: Results) -> Run:
+    runs = finals(study, task, variant, results)
+    if runs is None:
+        raise StudyError(f"{task.name}: the setting of {variant.name} is not chosen yet; run the study first")
+    run = runs[study.seeds[0]]
+    if run.needs or "derive" in run.config:
+        raise StudyError(f"{task.name}: {variant.name} is made of other networks, and cannot be followed")
+    return run
 
 
 def follow(run: Run, place: Place) -> list[dict[str, float]]:
@@ -85,10 +90,10 @@ def follow(run: Run, place: Place) -> list[dict[str, float]]:
 # ---------------------------------------------------------------------- for readers
 
 
-def render(study: Study, documents: Mapping[str, Any], command: str) -> list[str]:
+def render(title: str, documents: Sequence[Mapping[str, Any]], command: str) -> list[str]:
     """The page: each task's rows in numbers, of the middle half of the run, where rates are neither first nor last ones."""
     page = [
-        f"# {study.title}",
+        f"# {title}",
         "",
         f"`{command}`",
         "",
@@ -100,10 +105,10 @@ def render(study: Study, documents: Mapping[str, Any], command: str) -> list[str
     ]
     columns = ["", "training loss", "E‖g‖²", "at equal loss"]
     columns += ["excess", "½ tr(HC)", "predicted", "A - 1 of the draw", "A - 1 measured"]
-    for name, document in documents.items():
+    for document in documents:
         rows = list(document["rows"].values())
         first = middle(rows[0]["measured"])
-        page += ["", f"## {study.tasks[name].title}", "", f"![]({'why_' + study.name + '_' + name}.png)", ""]
+        page += ["", f"## {document['title']}", "", f"![](why_{document['study']}_{document['task']}.png)", ""]
         page += [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
         for row in rows:
             found = middle(row["measured"])
