@@ -60,12 +60,14 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--networks", type=Path, default=Path("quality_networks"), help="folder for trained networks")
     options = parser.parse_args(words)
     try:
-        names = [name for name in find_studies(options.study) if "*" not in options.study or has_tasks(name, options.tasks)]
-        status = max((do(name, options) for name in names), default=0)
-        if options.command == "table" and len(names) > 1:
+        found = [read_study(name) for name in find_studies(options.study)]
+        if "*" in options.study:  # of several, those that have the tasks
+            found = [study for study in found if set(options.tasks or ()) <= set(study.tasks)]
+        studies = [study.only(options.tasks, options.methods) for study in found]
+        status = max((do(study, options) for study in studies), default=0)
+        if options.command == "table" and len(studies) > 1:
             from benchmarks.quality.table import write_overview
 
-            studies = [read_study(name).only(options.tasks, options.methods) for name in names]
             store = Store(options.results).read(list({file: None for study in studies for file in study.files}))
             path = options.results / f"{options.study.replace('*', 'all')}.md"
             print(f"wrote {write_overview(studies, store.results, path, command_of(options, options.study))}")
@@ -75,14 +77,8 @@ def main(words: Sequence[str] | None = None) -> int:
     return status
 
 
-def has_tasks(name: str, tasks: Sequence[str] | None) -> bool:
-    """Whether a study has all of them."""
-    return set(tasks or ()) <= set(read_study(name).tasks)
-
-
-def do(name: str, options: argparse.Namespace) -> int:
+def do(study: Study, options: argparse.Namespace) -> int:
     """The command for one study."""
-    study = read_study(name).only(options.tasks, options.methods)
     store = Store(options.results).read(study.files)
     if options.command == "run":
         return run(study, store, options)
@@ -92,16 +88,16 @@ def do(name: str, options: argparse.Namespace) -> int:
     if options.command == "time":
         return time_steps(study, store, options)
     if options.command == "why":
-        return explain(study, store, options, command_of(options, name))
+        return explain(study, store, options, command_of(options, study.name))
     from benchmarks.quality.table import write
 
-    print(f"wrote {write(study, store.results, options.results, command_of(options, name))}")
+    print(f"wrote {write(study, store.results, options.results, command_of(options, study.name))}")
     return 0
 
 
 def command_of(options: argparse.Namespace, name: str) -> str:
     """What makes a page, for its head."""
-    words = ["python", "-m", "benchmarks.quality", options.command, "--study", name if "*" in name else Path(name).stem]
+    words = ["python", "-m", "benchmarks.quality", options.command, "--study", name]
     for option in ("tasks", "methods"):
         if getattr(options, option):
             words += [f"--{option}", *getattr(options, option)]

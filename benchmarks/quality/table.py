@@ -110,6 +110,11 @@ def rows(study: Study, task: Task, results: Results) -> dict[str, Row]:
     return found
 
 
+def rows_by_task(study: Study, results: Results) -> dict[str, dict[str, Row]]:
+    """All rows of all tasks."""
+    return {name: rows(study, task, results) for name, task in study.tasks.items()}
+
+
 def trials_of(study: Study, variant: Variant) -> str:
     """Whose trials chose a row's setting."""
     teachers = study.methods[variant.method].teachers
@@ -129,7 +134,7 @@ def write(study: Study, results: Results, folder: Path, command: str) -> Path:
     """
     from benchmarks.quality.plots import plot
 
-    table = {name: rows(study, task, results) for name, task in study.tasks.items()}
+    table = rows_by_task(study, results)
     folder.mkdir(parents=True, exist_ok=True)
     pictures = plot(study, table, folder)
     path = folder / f"{study.name}.md"
@@ -141,7 +146,7 @@ def write_overview(studies: Sequence[Study], results: Results, path: Path, comma
     """Write the summaries of several studies into one page, with links to their own."""
     lines = ["# Several studies", "", f"Made by `{command}`.", "", f"{SUMMARY} Details are in each study's own page."]
     for study in studies:
-        table = {name: rows(study, task, results) for name, task in study.tasks.items()}
+        table = rows_by_task(study, results)
         lines += ["", f"## {study.title}", "", f"[{study.name}]({study.name}.md). {missing(table)}", "", *summary(table)]
     path.write_text("\n".join(lines) + "\n")
     return path
@@ -172,7 +177,7 @@ def render(
 
 def summary(table: dict[str, dict[str, Row]]) -> Iterator[str]:
     """One line for each row, with a column for each task."""
-    yield from _head(["method", *table])
+    yield from head(["method", *table])
     for name in dict.fromkeys(name for found in table.values() for name in found):
         cells = [next(found[name].title for found in table.values() if name in found)]
         for found in table.values():
@@ -182,7 +187,7 @@ def summary(table: dict[str, dict[str, Row]]) -> Iterator[str]:
                 continue
             loss = _difference(row, other, "test_loss", 1, 4)
             cells.append(loss if loss == NOTHING else f"{loss}; {_difference(row, other, *_score(row.task))}")
-        yield _line(cells)
+        yield line(cells)
 
 
 def _quality(found: dict[str, Row]) -> Iterator[str]:
@@ -190,7 +195,7 @@ def _quality(found: dict[str, Row]) -> Iterator[str]:
     unit = loss_unit(next(iter(found.values())).task)
     to = "difference to plain" if all(row.variant.against == PLAIN for row in found.values()) else "difference"
     losses = [f"{name}{unit}" for name in ("val loss of the last epoch", "val loss", "test loss")]
-    yield from _head(["method", "runs", *losses, to, f"test {label}", to])
+    yield from head(["method", "runs", *losses, to, f"test {label}", to])
     for row in found.values():
         plain = found.get(row.variant.against)
         cells = [row.title, progress(row), _text(interval(row.last_losses), 4)]
@@ -198,7 +203,7 @@ def _quality(found: dict[str, Row]) -> Iterator[str]:
         cells.append(_difference(row, plain, "test_loss", 1, 4))
         cells.append(_text(interval([factor * value for value in row.metric(score_name(row.task)).values()]), digits))
         cells.append(_difference(row, plain, *_score(row.task)))
-        yield _line(cells)
+        yield line(cells)
 
 
 def _comparisons(found: dict[str, Row]) -> Iterator[str]:
@@ -214,7 +219,7 @@ def _comparisons(found: dict[str, Row]) -> Iterator[str]:
 
 def _costs(found: dict[str, Row]) -> Iterator[str]:
     header = ["method", "steps", "seconds", "CPU seconds", "a step", "FLOPs", "parameters trained / deployed"]
-    yield from _head([*header, "trials", "setting"])
+    yield from head([*header, "trials", "setting"])
     for row in found.values():
         parameters = next((result["cost"]["parameters"] for result in row.done.values()), None)
         trained = f"{parameters['training']:,} / {parameters['deployed']:,}" if parameters else NOTHING
@@ -222,7 +227,7 @@ def _costs(found: dict[str, Row]) -> Iterator[str]:
         cells = [row.title, *(_number(row.cost(name), ",.0f") for name in ("steps", "seconds", "cpu_seconds"))]
         flops = _number(row.cost("flops"), ".3g") + (f", {row.teachers:.0%} of them teachers'" if row.teachers else "")
         failed = f", {row.failed} diverged" if row.failed else ""
-        yield _line(
+        yield line(
             [*cells, _range(row.ratios), flops, trained, f"{row.tried} of {row.wanted}{row.trials_of}{failed}", setting]
         )
 
@@ -327,12 +332,14 @@ def _text(found: Interval | None, digits: int) -> str:
     return NOTHING if found is None else found.text(digits)
 
 
-def _head(header: Sequence[str]) -> Iterator[str]:
-    yield _line(header)
-    yield _line(["---"] * len(header))
+def head(header: Sequence[str]) -> Iterator[str]:
+    """The first two lines of a table in Markdown."""
+    yield line(header)
+    yield line(["---"] * len(header))
 
 
-def _line(cells: Sequence[str]) -> str:
+def line(cells: Sequence[str]) -> str:
+    """One of its lines."""
     return f"| {' | '.join(cells)} |"
 
 

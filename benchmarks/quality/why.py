@@ -18,6 +18,7 @@ from benchmarks.quality.config import Study, StudyError, Task, Variant
 from benchmarks.quality.place import Place
 from benchmarks.quality.plan import Results, Run, finals
 from benchmarks.quality.probe import BATCHES, Probe
+from benchmarks.quality.table import NOTHING, head, line
 
 Row = Mapping[str, float]
 
@@ -46,9 +47,10 @@ def why(study: Study, results: Results, place: Place, folder: Path, command: str
             if variant.name in study.variants and (row is None or row["key"] != run.key):
                 measured = follow(run, place)
                 row = {"key": run.key, "setting": run.setting, "commit": place.commit, "measured": measured}
+                known[variant.name] = {**row, "title": study.title_of(variant)}
+                data.write_text(json.dumps({**document, "rows": known}, indent=1) + "\n")  # in case of a kill
             if row is not None and row["key"] == run.key:
                 rows[variant.name] = {**row, "title": study.title_of(variant)}
-            data.write_text(json.dumps({**document, "rows": {**known, **rows}}, indent=1) + "\n")
         data.write_text(json.dumps({**document, "rows": rows}, indent=1) + "\n")
         draw({**document, "rows": rows}, picture)
         written += [data, picture]
@@ -109,7 +111,7 @@ def render(title: str, documents: Sequence[Mapping[str, Any]], command: str) -> 
         rows = list(document["rows"].values())
         first = middle(rows[0]["measured"])
         page += ["", f"## {document['title']}", "", f"![](why_{document['study']}_{document['task']}.png)", ""]
-        page += [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
+        page += head(columns)
         for row in rows:
             found = middle(row["measured"])
             relative = found["batch_gradient"] / first["batch_gradient"], at_equal_loss(row["measured"], rows[0]["measured"])
@@ -117,7 +119,7 @@ def render(title: str, documents: Sequence[Mapping[str, Any]], command: str) -> 
             if "amplification" in found:
                 cells += [f"{found[key]:.2g}" for key in ("gap", "curvature", "predicted_own_rates")]
                 cells += [f"{found['amplification'] - 1:.2f}", f"{found['measured']:.2f}"]
-            page.append(f"| {' | '.join(cells + ['-'] * (len(columns) - len(cells)))} |")
+            page.append(line(cells + [NOTHING] * (len(columns) - len(cells))))
     return page
 
 
