@@ -126,9 +126,16 @@ def test_equal_steps_and_equal_time(study):  # noqa: F811
     results = {**results, **chosen(study)}
     results.update(timed(study, task, "majority_kernels", results, 2.6))
     assert planning.finals(study, task, longer, results)[0].setting["epochs"] == round(3 * 2.6)
-    with pytest.raises(StudyError, match="longer has time_of: no put"):
-        planning.finals(study, task, replace(longer, put={"trainer.max_epochs": 1}), results)
     assert planning.finals(study, task, stepped, results)[0].setting["epochs"] == 2
+
+
+@pytest.mark.parametrize("more", [{"put": {"trainer.max_epochs": 1}}, {"time_of": "apart"}])
+def test_equal_time_needs_times_relative_to_one_row(tmp_path, more):
+    longer = {"name": "longer", "method": "plain", "tuned": "plain", "time_of": "majority_kernels", **more}
+    apart = {"name": "apart", "method": "majority_kernels", "against": "majority_kernels"}
+    path = write_study(tmp_path, stages=[["plain", "majority_kernels", apart, longer]])
+    with pytest.raises(StudyError, match="tiny_study.yaml: longer has time_of: no put"):
+        read_study(str(path))
 
 
 def test_rows_are_compared_with_their_pair(study):  # noqa: F811

@@ -47,16 +47,24 @@ def read_study(name: str) -> Study:
     trials = int(document.get("trials", 0))
     refinements = int(document.get("refinements", 0))
     study = Study(path.stem, document["title"], tasks, stages, trials, tuning_seed, seeds, methods, bases, refinements)
-    for variant in study.known.values():  # a name that is not there is told now
-        study.source(variant)
-        for task in tasks if variant.tuned else ():
-            if task not in study.source(variant)[0].tasks:
-                raise StudyError(f"{path}: {variant.name} takes its setting from a study without the task {task}")
-        teachers = methods[variant.method].teachers
-        for other in (teachers.of if teachers else None, variant.time_of, variant.steps_of):
-            if other is not None:
-                study.find(other)
+    for variant in study.known.values():
+        _check(path, study, variant)
     return study
+
+
+def _check(path: Path, study: Study, variant: Variant) -> None:
+    """That the rows which a row needs are there, and are such that it can use them."""
+    home, tuned = study.source(variant)
+    for task in study.tasks:
+        if task not in home.tasks:
+            raise StudyError(f"{path}: {variant.name} takes its setting from a study without the task {task}")
+    teachers = study.methods[variant.method].teachers
+    for other in (teachers.of if teachers else None, variant.steps_of):
+        if other is not None:
+            study.find(other)
+    # both times are relative to one row's, and what is put into a configuration may change its time
+    if variant.time_of is not None and (variant.put or tuned.against != study.find(variant.time_of)[1].against):
+        raise StudyError(f"{path}: {variant.name} has time_of: no put, and both timed against one row, please")
 
 
 def _variant(path: Path, row: Any, methods: Mapping[str, Method], keys: Mapping[str, str]) -> Variant:
