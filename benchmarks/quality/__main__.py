@@ -30,11 +30,11 @@ from benchmarks.quality.config import Study, StudyError
 from benchmarks.quality.estimate import Estimate
 from benchmarks.quality.execute import execute
 from benchmarks.quality.keys import get
-from benchmarks.quality.place import PATHS, Place
-from benchmarks.quality.reading import find_studies, read_study
+from benchmarks.quality.place import PATHS, Place, check_data, digests
+from benchmarks.quality.reading import HERE, find_studies, read_study
 from benchmarks.quality.store import Store
 
-RESULTS = Path(__file__).parents[1] / "results" / "quality"
+RESULTS = HERE.parent / "results" / "quality"
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -53,7 +53,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, help="folder that the paths in tasks are relative to")
     parser.add_argument("--tasks", nargs="+", help="only these")
     parser.add_argument("--methods", nargs="+", help="only these rows")
-    parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
+    parser.add_argument("--jobs", type=positive, default=2, help="processes (default: 2)")
     parser.add_argument("--limit-minutes", type=float, help="begin no run after so many minutes")
     parser.add_argument("--accelerator", default="auto", help="of the Trainer (default: auto)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
@@ -71,10 +71,18 @@ def main(words: Sequence[str] | None = None) -> int:
             store = Store(options.results).read(list({file: None for study in studies for file in study.files}))
             path = options.results / f"{options.study.replace('*', 'all')}.md"
             print(f"wrote {write_overview(studies, store.results, path, command_of(options, options.study))}")
-    except StudyError as error:
+    except (StudyError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return status
+
+
+def positive(word: str) -> int:
+    """A number of processes."""
+    number = int(word)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
 
 
 def do(study: Study, options: argparse.Namespace) -> int:
@@ -88,11 +96,16 @@ def do(study: Study, options: argparse.Namespace) -> int:
     if options.command == "time":
         return time_steps(study, store, options)
     if options.command == "why":
-        return explain(study, store, options, command_of(options, study.name))
+        return explain(study, store, options, command_of(options, own_name(study, options)))
     from benchmarks.quality.table import write
 
-    print(f"wrote {write(study, store.results, options.results, command_of(options, study.name))}")
+    print(f"wrote {write(study, store.results, options.results, command_of(options, own_name(study, options)))}")
     return 0
+
+
+def own_name(study: Study, options: argparse.Namespace) -> str:
+    """What a study is asked for by: a path, if it was one."""
+    return study.name if "*" in options.study else options.study
 
 
 def command_of(options: argparse.Namespace, name: str) -> str:
@@ -101,28 +114,32 @@ def command_of(options: argparse.Namespace, name: str) -> str:
     for option in ("tasks", "methods"):
         if getattr(options, option):
             words += [f"--{option}", *getattr(options, option)]
+    if options.results != RESULTS:
+        words += ["--results", str(options.results)]
     return shlex.join(words)
 
 
 def run(study: Study, store: Store, options: argparse.Namespace) -> int:
     """Perform what is not finished."""
-    place = place_of(study, options)
+    place = place_of(study, store, options)
     return 1 if execute(study, store, place, jobs=options.jobs, minutes=options.limit_minutes) else 0
 
 
 def time_steps(study: Study, store: Store, options: argparse.Namespace) -> int:
     """Time steps of the chosen settings, where that is not done."""
-    from benchmarks.quality.timing import measure, missing
+    from benchmarks.quality.timing import measure, missing, restore
     from benchmarks.quality.train import quiet
 
     quiet()
-    place = place_of(study, options)
+    place = place_of(study, store, options)
     pairs, waiting = missing(study, store.results, place)
     for run, other in pairs:
+        for one in (run, other):
+            restore(one, store.results, place)
         store.add(line := measure(run, other, place))
         print(f"{run.task} {run.method}: {', '.join(f'{ratio:.3f}' for ratio in line['cost']['ratios'])}", flush=True)
     if waiting:
-        print(f"not timed: {', '.join(waiting)}, whose networks are not there; run the study first", file=sys.stderr)
+        print(f"not timed: {', '.join(waiting)}, whose networks were never trained; run the study first", file=sys.stderr)
     return 1 if waiting else 0
 
 
@@ -132,29 +149,44 @@ def explain(study: Study, store: Store, options: argparse.Namespace, command: st
     from benchmarks.quality.why import why
 
     quiet()
-    for path in why(study, store.results, place_of(study, options), options.results, command):
+    for path in why(study, store.results, place_of(study, store, options), options.results, command):
         print(f"wrote {path}")
     return 0
 
 
-def place_of(study: Study, options: argparse.Namespace) -> Place:
-    """Where to run, with all data there."""
+def place_of(study: Study, store: Store, options: argparse.Namespace) -> Place:
+    """Where to run, with all data there: the files that earlier results were made from."""
+    found: dict[str, dict[str, str]] = {}
     for task in (*study.tasks.values(), *(task.start for task in study.tasks.values() if task.start)):
         for name in PATHS:
             path = get(task.config, f"data.init_args.{name}")
-            if path is not None and not Path(options.data or "", path).exists():
+            if path is None:
+                continue
+            if not Path(options.data or "", path).exists():
                 where = f"{options.data} has no {path}" if options.data else f"it needs {path} in the folder given by --data"
                 raise StudyError(f"task {task.name}: {where}")
-    return Place(str(options.data) if options.data else None, str(options.networks), options.accelerator, commit())
+            found.setdefault(task.name, {}).update(digests(options.data or Path(), path))
+        check_data(task.name, found.get(task.name, {}), store.results)
+    data = str(options.data) if options.data else None
+    return Place(data, str(options.networks), options.accelerator, commit(), found)
 
 
 def commit() -> str | None:
-    """Of the code, with a + if files differ from it."""
+    """Of the code, with a + if files of the study or of the package differ from it."""
     try:
-        words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*"]
-        return subprocess.run(words, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+        found = git("describe", "--always", "--abbrev=10", "--exclude=*")
+        changed = git(
+            "status", "--porcelain", "--untracked-files=no", "--", str(HERE), str(HERE.parents[1] / "lightning_sop")
+        )
+        return f"{found}+" if changed else found
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def git(*words: str) -> str:
+    """What git says of this repository."""
+    command = ["git", "-C", str(HERE), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -8,12 +8,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningCLI
 from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.quality.baselines.steps import distill, penalize, use_sgd
 from benchmarks.quality.baselines.wide import widen
+from benchmarks.quality.config import StudyError
 from benchmarks.quality.keys import Config
 from benchmarks.quality.place import PATHS, Place
 from benchmarks.quality.plan import KEEP, Run
@@ -36,12 +38,25 @@ CHANGES: Mapping[str, Callable[..., None]] = {
 
 
 class BuildCLI(LightningCLI):
-    """LightningCLI that builds model, data and Trainer of a mapping and runs nothing."""
+    """LightningCLI that builds model, data and Trainer of a mapping and runs nothing.
+
+    Raises:
+        StudyError: the mapping names something that is not there.
+    """
 
     def __init__(self, config: Config) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the words of the command line are not for this parser
-            super().__init__(args=config, run=False, save_config_callback=None, seed_everything_default=False)
+            try:
+                super().__init__(
+                    args=config,
+                    run=False,
+                    save_config_callback=None,
+                    seed_everything_default=False,
+                    parser_kwargs={"exit_on_error": False},
+                )
+            except ArgumentError as error:
+                raise StudyError(f"a configuration that LightningCLI refuses: {error}") from error
 
 
 def build(config: Config, place: Place, seed: int) -> BuildCLI:

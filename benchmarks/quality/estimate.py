@@ -7,7 +7,7 @@ from collections import defaultdict
 
 from rich.table import Table
 
-from benchmarks.quality.config import Study, resolve, settings
+from benchmarks.quality.config import PLAIN, Study, resolve, settings
 from benchmarks.quality.plan import UNTRAINED, Results, Slot, plan
 
 
@@ -54,7 +54,7 @@ class Estimate:
         rates = self._rates.get((slot.task, method))
         if not rates:
             effort = self.study.methods[method].effort
-            rates = self._rates.get((slot.task, "plain")) or self._rates.get((slot.task, ""))
+            rates = self._rates.get((slot.task, PLAIN)) or self._rates.get((slot.task, ""))
         if not rates:
             return None
         return effort * statistics.median(rates) * (slot.run.epochs if slot.run else self._epochs(slot))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -17,10 +18,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.quality.config import Study
+from benchmarks.quality.config import Study, StudyError
 from benchmarks.quality.estimate import Estimate, duration
 from benchmarks.quality.place import Place
-from benchmarks.quality.plan import TEACHER, Run, Slot, plan
+from benchmarks.quality.plan import TEACHER, Run, Slot, hopeless, plan, score
 from benchmarks.quality.store import Store
 
 
@@ -49,7 +50,7 @@ def work(run: Run, place: Place, given: Mapping[str, Any]) -> dict[str, Any]:
     quiet()
     try:
         return perform(run, place, given)
-    except Exception:  # the study goes on with the other runs
+    except (Exception, SystemExit):  # the study goes on with the other runs
         return {"key": run.key, "error": traceback.format_exc()}
 
 
@@ -143,6 +144,7 @@ class _Execution:
 
     def _drain(self, pool: ProcessPoolExecutor, progress: Progress, bar: Any, only: Collection[str] | None = None) -> None:
         while True:
+            self.store.read(self.study.files)  # another process may work on the same study
             late = self.deadline is not None and time.monotonic() > self.deadline
             ready = [slot for slot in self._open() if only is None or (slot.run and slot.run.key in only)]
             for slot in ready[: 0 if late else self.jobs - len(self.running)]:
@@ -165,6 +167,14 @@ class _Execution:
     def _say_what_waits(self) -> None:
         """For rows that are not part of this run or had errors, and for steps that `time` has not timed yet."""
         waiting = {f"{slot.task} {slot.variant.name}": None for slot in plan(self.study, self.store.results) if not slot.run}
+        lost = [
+            f"{task.name} {row.name}"
+            for task in self.study.tasks.values()
+            for row in self.study.variants.values()
+            if hopeless(self.study, task, row, self.store.results)
+        ]
+        if lost:
+            self.console.print(f"all trials diverged, and no setting can be chosen: {', '.join(lost)}")
         if waiting:
             self.console.print(f"waiting for settings, networks or times of other rows: {', '.join(waiting)}")
 
@@ -174,10 +184,26 @@ class _Execution:
             self.errors.add(result["key"])
             self.console.print(f"{name}: error\n{result['error']}", markup=False, highlight=False)
             return
+        known = self.store.results.get(slot.run.key) if slot.run else None
         self.store.add(result)
+        if known is not None:
+            self._compare(name, known, result)
+        task = self.study.tasks.get(slot.task)
+        if task is not None and result["status"] == "done" and f"val_{task.score}" not in result["metrics"]:
+            raise StudyError(f"task {task.name}: score is {task.score}, but there is no val_{task.score} in its metrics")
         metrics, seconds = result["metrics"], result["cost"]["wall_seconds"]
         outcome = result["reason"] or f"val_loss {metrics['val_loss']:.4f} at epoch {metrics.get('best_epoch', 0)}"
         self.console.print(f"{name}: {outcome}, {seconds:.0f} s", markup=False, highlight=False)
+
+    def _compare(self, name: str, known: Mapping[str, Any], again: Mapping[str, Any]) -> None:
+        """A network that was lost and trained again is to be what it was; if it diverged it is not tried once more."""
+        then, now = score(known), score(again)
+        if not math.isfinite(now):
+            self.errors.add(known["key"])
+        if not math.isclose(then, now, rel_tol=0.01):
+            self.console.print(
+                f"{name}: trained again, and val_loss is {now:.4f} where it was {then:.4f}; is it another machine or torch?"
+            )
 
     def _show(self, progress: Progress, bar: Any, estimate: Estimate) -> None:
         left = estimate.seconds_left / self.jobs

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.quality.config import Setting, Study, Task, Variant, refined, resolve, settings
+from benchmarks.quality.config import PLAIN, Setting, Study, Task, Variant, refined, resolve, settings
 from benchmarks.quality.keys import Config, digest, get, put
 
 PROTOCOL = 1
@@ -42,6 +42,7 @@ class Run:
         order: seed of the order of the data where it is not ``seed``.
         teachers: runs whose networks it needs.
         start: run whose network it begins with.
+        put: what its row put into the configuration, by key with dots.
     """
 
     key: str
@@ -55,6 +56,7 @@ class Run:
     order: int | None = field(default=None, compare=False)
     teachers: tuple[Run, ...] = field(default=(), compare=False, repr=False)
     start: Run | None = field(default=None, compare=False, repr=False)
+    put: Config = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def epochs(self) -> int:
@@ -126,13 +128,13 @@ def make_run(
     }
     known = {name: value for name, value in more.items() if value is not None}
     content = json.dumps({**what, **known, "config": config, "protocol": PROTOCOL}, sort_keys=True)
-    return Run(digest(content.encode()), config=config, order=order, teachers=teachers, start=start, **what)
+    return Run(digest(content.encode()), config=config, order=order, teachers=teachers, start=start, put=variant.put, **what)
 
 
 def _start(study: Study, task: Task, seed: int) -> Run:
     """The plain network, with the default setting of a task, that runs of other tasks begin with."""
     setting = {name: option.default for name, option in task.options.items()}
-    return make_run(study, task, Variant("plain", "plain"), TEACHER, setting, seed)
+    return make_run(study, task, Variant(PLAIN, PLAIN), TEACHER, setting, seed)
 
 
 TEACHER_SEEDS = 20_000  # and above: of networks that no row reports
@@ -289,6 +291,14 @@ def finals(study: Study, task: Task, variant: Variant, results: Results) -> dict
     return found
 
 
+def used(study: Study, results: Results) -> dict[str, dict[str, Any]]:
+    """The results that a study's tables are made of."""
+    keys = {slot.run.key for slot in plan(study, results) if slot.run}
+    pairs = (pair(study, task, row, results) for task in study.tasks.values() for row in study.variants.values())
+    keys |= {timing_key(*runs) for runs in pairs if runs}
+    return {key: result for key, result in results.items() if key in keys}
+
+
 def plan(study: Study, results: Results) -> list[Slot]:
     """All runs of a study: stage by stage, task by task, trials before final runs, and before each what it needs."""
     return list(_slots(study, results))
@@ -308,7 +318,7 @@ def _slots(study: Study, results: Results) -> Iterator[Slot]:
             for seed in study.seeds:
                 for row in rows:
                     runs = last[row.name]
-                    if runs is not None or not _hopeless(study, task, row, results):
+                    if runs is not None or not hopeless(study, task, row, results):
                         run = None if runs is None else runs[seed]
                         yield from _with_needs(study, Slot(task.name, row, FINAL, seed, run), results)
 
@@ -331,11 +341,11 @@ def _with_needs(study: Study, slot: Slot, results: Results) -> Iterator[Slot]:
             place = 100 * seed + number + (50 if number and wanted.vary == "order" else 0)
             yield Slot(slot.task, variant, TEACHER, place, None)
     if slot.run and slot.run.start:
-        yield from slots_of(slot.run.start, study.known.get("plain", Variant("plain", "plain")))
+        yield from slots_of(slot.run.start, study.known.get(PLAIN, Variant(PLAIN, PLAIN)))
     yield slot
 
 
-def _hopeless(study: Study, task: Task, variant: Variant, results: Results) -> bool:
+def hopeless(study: Study, task: Task, variant: Variant, results: Results) -> bool:
     """Whether all trials diverged: nothing can be chosen then."""
     found = trials(study, task, variant, results)
     if len(found) < wanted_trials(study, variant) or not _finished(found, results):

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.quality.config import Study
+from benchmarks.quality.config import PLAIN, Study
 from benchmarks.quality.stats import paired
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def plot(study: Study, table: Table, folder: Path) -> list[str]:
 
 def _style(row: Row) -> dict[str, Any]:
     """Plain in black, Majority Kernels in red, references in grey, all others in blue."""
-    if row.variant.method == "plain":
+    if row.variant.method == PLAIN:
         return {"color": "black"}
     if row.variant.method.startswith("majority_kernels"):
         return {"color": "C3"}
@@ -68,7 +68,7 @@ def _differences(table: Table) -> Any:
     """Test loss and score minus those of the plain network, with intervals."""
     from matplotlib import pyplot
 
-    from benchmarks.quality.table import PLAIN, score_form, score_name
+    from benchmarks.quality.table import score_form, score_name
 
     shown = _compared(table)
     if not shown:
@@ -132,8 +132,6 @@ def _panels(count: int, height: float, below: int) -> tuple[Any, list[Any]]:
 
 def _costs(table: Table) -> Any:
     """Test loss against FLOPs, teachers included; the mean over seeds. Rows have the same number in all panels."""
-    from benchmarks.quality.table import PLAIN
-
     shown = {
         task: [row for row in rows.values() if row.cost("flops") > 0]
         for task, rows in table.items()

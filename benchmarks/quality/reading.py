@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import fnmatch
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from benchmarks.quality.config import Method, Option, Study, StudyError, Task, Teachers, Variant
+from benchmarks.quality.config import PLAIN, Method, Option, Study, StudyError, Task, Teachers, Variant
 from benchmarks.quality.keys import Config, get
+from benchmarks.quality.plan import KEEP, LAST
 
 HERE = Path(__file__).parent
 
@@ -23,7 +25,7 @@ def find_studies(name: str) -> list[str]:
     """
     if "*" not in name:
         return [name]
-    found = sorted(path.stem for path in (HERE / "studies").glob(f"{name}.yaml"))
+    found = sorted(fnmatch.filter((path.stem for path in (HERE / "studies").glob("*.yaml")), name))
     if not found:
         raise StudyError(f"no study {name} in {HERE / 'studies'}")
     return found
@@ -36,30 +38,76 @@ def read_study(name: str) -> Study:
         StudyError: a file is missing or says something unusable.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else HERE / "studies" / f"{name}.yaml"
-    document = read_yaml(path)
+    document = {**DEFAULTS, **read_yaml(path)}
+    check_names(path, "a study", document, {*DEFAULTS, *NEEDED}, NEEDED)
+    for name, kind in {**dict.fromkeys(("tasks", "stages", "seeds", "bases"), list), "keys": dict, **NUMBERS}.items():
+        if not isinstance(document[name], kind) or (name in NEEDED and not document[name]):
+            raise StudyError(f"{path}: {name} is {document[name]!r}, no {kind.__name__} with something in it")
     methods = {key: _method(key, value or {}) for key, value in read_yaml(HERE / "methods.yaml").items()}
-    stages = [[_variant(path, row, methods, document.get("keys", {})) for row in stage] for stage in document["stages"]]
-    bases = {base: read_study(base) for base in document.get("bases", [])}
+    stages = [[_variant(path, row, methods, document["keys"]) for row in stage] for stage in document["stages"]]
     tasks = {task: read_task(task, [path.parent, HERE]) for task in document["tasks"]}
-    seeds, tuning_seed = list(document["seeds"]), int(document.get("tuning_seed", 1000))
-    if tuning_seed in seeds:
-        raise StudyError(f"{path}: the tuning seed {tuning_seed} is one of the final seeds")
-    trials = int(document.get("trials", 0))
-    refinements = int(document.get("refinements", 0))
-    study = Study(path.stem, document["title"], tasks, stages, trials, tuning_seed, seeds, methods, bases, refinements)
+    bases = {base: read_study(base) for base in document["bases"]}
+    numbers = {name: document[name] for name in NUMBERS}
+    study = Study(
+        path.stem, document["title"], tasks, stages, seeds=document["seeds"], methods=methods, bases=bases, **numbers
+    )
+    _check_study(path, study)
     for variant in study.known.values():
-        _check(path, study, variant)
+        _check_row(path, study, variant)
     return study
 
 
-def _check(path: Path, study: Study, variant: Variant) -> None:
+NEEDED = ("title", "tasks", "stages", "seeds")
+NUMBERS = {"trials": int, "refinements": int, "tuning_seed": int}
+DEFAULTS: Config = {"trials": 0, "refinements": 0, "tuning_seed": 1000, "bases": [], "keys": {}}
+
+
+def check_names(
+    where: Any, what: str, found: Mapping[str, Any], known: Collection[str], needed: Collection[str] = ()
+) -> None:
+    """That a part of a file has the names that it needs, and no others: a misspelt one would do nothing."""
+    unknown, absent = [name for name in found if name not in known], [name for name in needed if name not in found]
+    if unknown:
+        names = ", ".join(map(str, unknown))
+        raise StudyError(f"{where}: {what} has no {names}; there are {', '.join(sorted(known))}")
+    if absent:
+        raise StudyError(f"{where}: {what} needs {', '.join(absent)}")
+
+
+def _check_study(path: Path, study: Study) -> None:
+    """What its rows have in common."""
+    names = [variant.name for stage in study.stages for variant in stage]
+    for word, values in (("row", names), ("seed", study.seeds)):
+        twice = {str(value) for value in values if values.count(value) > 1}
+        if twice:
+            raise StudyError(f"{path}: more than one {word} {', '.join(sorted(twice))}; each needs a name of its own")
+    if not all(isinstance(seed, int) for seed in study.seeds):
+        raise StudyError(f"{path}: seeds are whole numbers, not {study.seeds}")
+    searched = [row.name for row in study.known.values() if row.tuned is None]
+    if searched and study.trials < 1:
+        raise StudyError(f"{path}: {', '.join(searched)} need trials: 1 or more, or the setting of another row (tuned)")
+
+
+def _check_row(path: Path, study: Study, variant: Variant) -> None:
     """That the rows which a row needs are there, and are such that it can use them."""
     home, tuned = study.source(variant)
-    for task in study.tasks:
-        if task not in home.tasks:
-            raise StudyError(f"{path}: {variant.name} takes its setting from a study without the task {task}")
+    if home.tuning_seed in study.seeds:
+        raise StudyError(
+            f"{path}: {variant.name} was tuned with the seed {home.tuning_seed}, which is one of the final seeds"
+        )
+    for name, task in study.tasks.items():
+        if name not in home.tasks:
+            raise StudyError(f"{path}: {variant.name} takes its setting from a study without the task {name}")
+        options, chosen = study.methods[variant.method].space(task), home.methods[tuned.method].space(home.tasks[name])
+        check_names(path, f"{variant.name} (fixed): {variant.method}", variant.fixed, options)
+        check_names(path, f"{variant.name} (scale): {tuned.method}", variant.scale, chosen)
+    if variant.put.get(KEEP) not in (None, LAST):
+        raise StudyError(
+            f"{path}: {variant.name} keeps {variant.put[KEEP]!r}; it is {LAST!r}, or nothing for the best epoch"
+        )
     teachers = study.methods[variant.method].teachers
-    for other in (teachers.of if teachers else None, variant.steps_of):
+    against = None if variant.against == PLAIN else variant.against
+    for other in (teachers.of if teachers else None, variant.steps_of, against):
         if other is not None:
             study.find(other)
     # both times are relative to one row's, and what is put into a configuration may change its time
@@ -72,9 +120,7 @@ def _variant(path: Path, row: Any, methods: Mapping[str, Method], keys: Mapping[
     row = {"method": row} if isinstance(row, str) else dict(row)
     if row.get("method") not in methods:
         raise StudyError(f"{path}: no method {row.get('method')!r}; there are {', '.join(methods)}")
-    unknown = set(row) - {item.name for item in fields(Variant)}
-    if unknown:
-        raise StudyError(f"{path}: a row has no {', '.join(sorted(unknown))}")
+    check_names(path, "a row", row, [item.name for item in fields(Variant)])
     values = {}
     for key, value in row.get("put", {}).items():
         first, dot, rest = key.partition(".")
@@ -88,6 +134,8 @@ def read_task(name: str, folders: Sequence[Path]) -> Task:
     if folder is None:
         raise StudyError(f"no task {name}: no tasks/{name}.yaml in {' or '.join(map(str, folders))}")
     config, space = read_yaml(folder / "tasks" / f"{name}.yaml"), read_yaml(folder / "spaces" / f"{name}.yaml")
+    parts = ("title", "score", "options")
+    check_names(f"spaces/{name}.yaml", "a space", space, parts, parts)
     start = config.pop("start", None)
     options = {}
     for option, row in space["options"].items():
@@ -97,6 +145,8 @@ def read_task(name: str, folders: Sequence[Path]) -> Task:
 
 
 def _method(name: str, row: Mapping[str, Any]) -> Method:
+    known = [item.name.replace("raised", "raise") for item in fields(Method) if item.name != "name"]
+    check_names("methods.yaml", name, row, known)
     options = {key: _option(key, value) for key, value in row.get("options", {}).items()}
     return Method(
         name,
@@ -114,6 +164,7 @@ def _method(name: str, row: Mapping[str, Any]) -> Method:
 
 def _option(name: str, row: Mapping[str, Any]) -> Option:
     kind = next((kind for kind in ("log", "uniform", "choice") if kind in row), None)
+    check_names(f"option {name}", "it", row, ("log", "uniform", "choice", "default", "key", "relative"))
     if kind is None or row.get("default") is None:
         raise StudyError(f"option {name}: it needs a default and one of log, uniform and choice")
     return Option(row["default"], kind, tuple(row[kind]), row.get("key", ""), row.get("relative", False))

@@ -6,10 +6,9 @@ import fcntl
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from benchmarks.quality.config import StudyError
 
@@ -17,7 +16,8 @@ Result = dict[str, Any]
 
 
 class Store:
-    """The results in a folder, as files ``TASK.jsonl``. Several processes may add to them.
+    """The results in a folder, as files ``TASK.jsonl``. Several processes may add to them; of a run that was done twice the
+    first result counts.
 
     Args:
         folder: of the files; made when something is added.
@@ -35,48 +35,49 @@ class Store:
         for task in tasks:
             path = self.folder / f"{task}.jsonl"
             if path.exists():
-                with _locked(path) as file:
-                    self.results.update({result["key"]: result for result in _lines(path, file)})
+                with path.open("rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_SH)
+                    content = file.read()
+                for result in _lines(path, content)[0]:
+                    self.results.setdefault(result["key"], result)
         return self
 
     def add(self, result: Result) -> None:
         """Append a line, unless the run is there already."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{result['task']}.jsonl"
-        with _locked(path) as file:
-            there = {other["key"]: other for other in _lines(path, file)}
-            if result["key"] not in there:
-                file.seek(0, os.SEEK_END)
-                file.write(json.dumps(result, allow_nan=False).encode() + b"\n")
+        with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # closing the file gives it back
+            content = file.read()
+            found, whole = _lines(path, content)
+            there = next((other for other in found if other["key"] == result["key"]), None)
+            if there is None:
+                if whole < len(content):
+                    print(f"{path}: the last line is broken and was removed; its run will be repeated", file=sys.stderr)
+                    file.truncate(whole)
+                separator = b"" if content[:whole].endswith(b"\n") or not whole else b"\n"
+                file.seek(whole)
+                file.write(separator + json.dumps(result, allow_nan=False).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
-        self.results[result["key"]] = there.get(result["key"], result)
+        self.results[result["key"]] = there or result
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[BinaryIO]:
-    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield file  # closing the file gives the lock back
+NEEDED = {"key", "task", "method", "phase", "status", "metrics", "cost", "environment"}
 
 
-def _lines(path: Path, file: BinaryIO) -> list[Result]:
-    """All results of a file; a last line that a killed process left broken is removed."""
-    file.seek(0)
-    content = file.read()
+def _lines(path: Path, content: bytes) -> tuple[list[Result], int]:
+    """All results of a file, and how many bytes they are: a killed process may have left a last line that is broken."""
     lines = content.splitlines(keepends=True)
     found = []
     for number, line in enumerate(lines, start=1):
         try:
-            found.append(json.loads(line))
+            result = json.loads(line)
         except ValueError as error:
             if number < len(lines):
                 raise StudyError(f"{path}: line {number} is no JSON; restore or remove it") from error
-            print(f"{path}: the last line is broken and was removed; its run will be repeated", file=sys.stderr)
-            file.truncate(len(content) - len(line))
-            return found
-    if content and not content.endswith(b"\n"):
-        file.seek(0, os.SEEK_END)
-        file.write(b"\n")
-        file.flush()
-    return found
+            return found, len(content) - len(line)
+        if not isinstance(result, dict) or not result.keys() >= NEEDED:
+            raise StudyError(f"{path}: line {number} is not the result of a run; restore or remove it")
+        found.append(result)
+    return found, len(content)

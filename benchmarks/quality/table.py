@@ -9,25 +9,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.config import Setting, Study, Task, Variant
+from benchmarks.quality.config import PLAIN, Setting, Study, Task, Variant
 from benchmarks.quality.costs import spent
-from benchmarks.quality.plan import KEEP, LAST, UNTRAINED, Results, chosen, finals, score, step_ratios, trials, wanted_trials
+from benchmarks.quality.plan import (
+    KEEP,
+    LAST,
+    UNTRAINED,
+    Results,
+    chosen,
+    finals,
+    score,
+    step_ratios,
+    trials,
+    used,
+    wanted_trials,
+)
 from benchmarks.quality.stats import Interval, interval, paired
 
 AGAINST = ("ema", "swa", "k_average", "distilled")
 """Besides plain, what Majority Kernels is compared with."""
 OURS = "majority_kernels"
 NOTHING = "-"
-PLAIN = "plain"
-
 
 COSTS = (
-    "Cost of a final run, mean over seeds, and the chosen settings. What it cost to train the networks that a row is made "
-    "of is in all its numbers; the search for settings is in none. *Seconds*: wall time of the training loop, without "
-    "validation. *CPU seconds*: of the process, with validation. Both depend on what else ran there, and compare badly. "
-    "*A step*: time of a step of the row's own training relative to plain (or what the row is compared with), the two in "
-    "turns in one process, by `python -m benchmarks.quality time`: median and range over rounds. *FLOPs*: of forward and "
-    "backward; mixing kernels, averaging weights and estimating BatchNorm anew are in the seconds only."
+    "Cost of a final run, mean over seeds, and the chosen settings. What it cost to train the networks that a row is "
+    "made of is in all its numbers; the search for settings is in none, nor is the network that fine-tuning begins with."
+    " *Seconds*: wall time of the training loop, without validation. *CPU seconds*: of the process, with validation. "
+    "Both depend on what else ran there, and compare badly. *A step*: time of a step of the row's own training relative "
+    "to plain (or what the row is compared with), the two in turns in one process, by `python -m benchmarks.quality "
+    "time`: median and range over rounds. *FLOPs*: of forward and backward; mixing kernels, averaging weights and "
+    "estimating BatchNorm anew are in the seconds only."
 )
 
 SUMMARY = (
@@ -157,7 +168,7 @@ def render(
 ) -> Iterator[str]:
     yield f"# {study.title}"
     yield ""
-    yield f"Made by `{command}`. {environments(results)}"
+    yield f"Made by `{command}`. {environments(used(study, results))}"
     yield method_of(study)
     yield from ("", missing(table))
     if len(table) > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,8 +15,8 @@ from benchmarks.quality.build import build
 from benchmarks.quality.config import Study
 from benchmarks.quality.derive import begin
 from benchmarks.quality.place import Place
-from benchmarks.quality.plan import TIME, Results, Run, pair, timing_key
-from benchmarks.quality.train import environment, fit
+from benchmarks.quality.plan import TEACHER, TIME, Results, Run, pair, timing_key
+from benchmarks.quality.train import environment, fit, perform
 
 ROUNDS, STEPS, WARM_UP = 7, 40, 8
 
@@ -63,14 +64,14 @@ def measure(run: Run, other: Run, place: Place, rounds: int = ROUNDS) -> dict[st
     what = {name: getattr(run, name) for name in ("task", "method", "setting", "seed", "split")}
     cost = {"ratios": ratios, "step_seconds": statistics.median(seconds)}
     line = {"key": timing_key(run, other), **what, "phase": TIME, "status": "timed", "reason": None, "against": other.key}
-    return {**line, "metrics": {}, "cost": cost, "environment": environment(place)}
+    return {**line, "metrics": {}, "cost": cost, "environment": environment(place, run.task)}
 
 
 def missing(study: Study, results: Results, place: Place) -> tuple[list[tuple[Run, Run]], list[str]]:
     """What is to be timed.
 
     Returns:
-        Pairs whose settings are chosen and that were not timed yet; names of rows that need networks that are not there.
+        Pairs whose settings are chosen and that were not timed yet; names of rows that need networks that were not trained.
     """
     pairs, waiting = [], []
     for task in study.tasks.values():
@@ -78,8 +79,16 @@ def missing(study: Study, results: Results, place: Place) -> tuple[list[tuple[Ru
             runs = pair(study, task, variant, results)
             if runs is None or runs[0] == runs[1] or timing_key(*runs) in results:
                 continue
-            if all(place.network(need.key).exists() for run in runs for need in run.needs):
+            if all(results.get(need.key, {}).get("status") == "done" for run in runs for need in run.needs):
                 pairs.append(runs)
             else:
                 waiting.append(f"{task.name} {variant.name}")
     return pairs, waiting
+
+
+def restore(run: Run, results: Results, place: Place) -> None:
+    """Train those of the networks that a run needs which are lost once more."""
+    for need in run.needs:
+        if not place.network(need.key).exists():
+            restore(need, results, place)
+            perform(replace(need, phase=TEACHER), place, {other.key: results[other.key] for other in need.needs})

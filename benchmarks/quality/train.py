@@ -21,6 +21,7 @@ from torch import Tensor
 import lightning_sop
 from benchmarks.quality.baselines.overcomplete import collapsed_state
 from benchmarks.quality.build import bare, build
+from benchmarks.quality.config import StudyError
 from benchmarks.quality.costs import COSTS, spent, total
 from benchmarks.quality.derive import begin, evaluate, untrained
 from benchmarks.quality.place import Place
@@ -97,13 +98,15 @@ def perform(run: Run, place: Place, given: Mapping[str, Any] | None = None) -> d
             name: total([spent(needs[teacher.key], name) for teacher in run.teachers]) for name in COSTS if name in costs
         }
     what = {name: getattr(run, name) for name in ("key", "task", "method", "phase", "setting", "seed", "split")}
+    if run.put:
+        what["put"] = run.put
     if run.order is not None:
         what["order"] = run.order
     if run.teachers:
         what["teachers"] = [teacher.key for teacher in run.teachers]
     if run.start is not None:
         what["start"] = run.start.key
-    line = {**what, **result, "metrics": metrics, "cost": costs, "environment": environment(place)}
+    line = {**what, **result, "metrics": metrics, "cost": costs, "environment": environment(place, run.task)}
     return {name: finite(value) for name, value in line.items()}
 
 
@@ -126,6 +129,8 @@ def _trained(run: Run, place: Place) -> Outcome:
         fit(trainer, module, data, run.seed if run.order is None else run.order)
     except DivergedError as reason:
         result.update(status="failed", reason=str(reason))
+    if result["status"] == "done" and not best.metrics:
+        raise StudyError("the network was never validated: check_val_every_n_epoch is more than the epochs")
     used = time.process_time() - used
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         parameters["training"] += int(getattr(callback, "extra_parameters", 0))
@@ -210,10 +215,11 @@ def trained_elements(module: pl.LightningModule, trainer: pl.Trainer) -> int:
     return total
 
 
-def environment(place: Place) -> dict[str, Any]:
+def environment(place: Place, task: str) -> dict[str, Any]:
     """What the numbers may depend on."""
     cuda = place.accelerator != "cpu" and torch.cuda.is_available()
     return {
+        **({"data": place.digests[task]} if task in place.digests else {}),
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",

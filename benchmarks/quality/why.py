@@ -48,16 +48,23 @@ def why(study: Study, results: Results, place: Place, folder: Path, command: str
                 measured = follow(run, place)
                 row = {"key": run.key, "setting": run.setting, "commit": place.commit, "measured": measured}
                 known[variant.name] = {**row, "title": study.title_of(variant)}
-                data.write_text(json.dumps({**document, "rows": known}, indent=1) + "\n")  # in case of a kill
+                write(data, {**document, "rows": known})  # in case of a kill
             if row is not None and row["key"] == run.key:
                 rows[variant.name] = {**row, "title": study.title_of(variant)}
-        data.write_text(json.dumps({**document, "rows": rows}, indent=1) + "\n")
+        write(data, {**document, "rows": rows})
         draw({**document, "rows": rows}, picture)
         written += [data, picture]
     page = folder / f"why_{study.name}.md"
     measured_tasks = [json.loads(path.read_text()) for path in sorted(folder.glob(f"why_{study.name}_*.json"))]
     page.write_text("\n".join(render(study.title, measured_tasks, command)) + "\n")
     return [*written, page]
+
+
+def write(path: Path, document: Mapping[str, Any]) -> None:
+    """Write what was measured, whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(document, indent=1) + "\n")
+    temporary.replace(path)
 
 
 def _first_run(study: Study, task: Task, variant: Variant, results: Results) -> Run:
