@@ -93,7 +93,7 @@ def targets_of(trainer: Trainer, module: LightningModule, patterns: Sequence[str
     Raises:
         ValueError: a pattern matches nothing; the message names it.
     """
-    forms = {id(form.weight_or_none): form for engine in engines_of(trainer) for form in engine.forms.values()}
+    forms = {id(form.parameter_or_none): form for engine in engines_of(trainer) for form in engine.forms.values()}
     found = []
     for name, parameter, axis in _weights(module, set(forms)):
         form = forms.get(id(parameter))

@@ -40,14 +40,14 @@ class Losses:
             None where no weight is mixed, or a training step does not work outside of its Trainer.
         """
         forms = [form for engine in engines_of(trainer) for form in engine.forms.values()]
-        forms = [form for form in forms if form.built and form.mix is not None and form.weight.requires_grad]
+        forms = [form for form in forms if form.built and form.mix is not None and form.parameter.requires_grad]
 
         def evaluate() -> Sequence[Tensor]:
             network = subject_of(module)
             mixed, collapsed = {}, {}
             for form in forms:
                 name = plain_name(form.site.name)
-                mixed[name], collapsed[name] = torch.empty_like(form.weight), form.collapsed()
+                mixed[name], collapsed[name] = torch.empty_like(form.parameter), form.collapsed()
                 form.method.write(mixed[name], form.phi, form.mix, form.site)
             return loss_gap(functools.partial(_loss, trainer, batch, index), network, mixed, collapsed)
 

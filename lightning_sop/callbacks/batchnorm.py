@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_sop.callbacks.outermost import OutermostCalls
 from lightning_sop.deploy.replay import Call, isolated_random_state, map_tensors
+from lightning_sop.reparam.form import TrainingForm
 
 
 class BatchNormReestimation:
@@ -96,8 +97,8 @@ class BatchNormReestimation:
     ) -> None:
         """Estimate the statistics anew with the collapsed weights in place, unless nothing was trained since the last time.
 
-        All but these statistics is left as it was: other buffers (``num_batches_tracked``, too), momenta, train flags and
-        random states.
+        All but these statistics is left as it was: other buffers (``num_batches_tracked``, too), momenta, train flags,
+        random states, and the attributes of modules that remember something between calls.
 
         Args:
             root: the module that was attached to.
@@ -154,7 +155,7 @@ def _uncompiled() -> AbstractContextManager[Any]:
 def _collect_in(root: nn.Module, norms: list[_BatchNorm]) -> Iterator[None]:
     """Evaluation mode, in which every training form collapses; but these layers average their batches' statistics."""
     flags = [(module, module.training) for module in root.modules()]
-    momenta = [(norm, norm.momentum) for norm in norms]
+    attributes = [(module, dict(module.__dict__)) for module in root.modules() if not isinstance(module, TrainingForm)]
     buffers = [(buffer, buffer.clone()) for buffer in root.buffers()]
     estimated = {id(buffer) for norm in norms for buffer in (norm.running_mean, norm.running_var)}
     try:
@@ -167,11 +168,13 @@ def _collect_in(root: nn.Module, norms: list[_BatchNorm]) -> Iterator[None]:
         estimated = set()
         raise
     finally:
-        for norm, momentum in momenta:
-            norm.momentum = momentum
+        for module, before in attributes:  # momenta among them
+            for name in module.__dict__.keys() - before.keys():
+                del module.__dict__[name]
+            module.__dict__.update(before)
         for module, flag in flags:
             module.training = flag
-        _put_back([(buffer, before) for buffer, before in buffers if id(buffer) not in estimated])
+        _put_back([(buffer, value) for buffer, value in buffers if id(buffer) not in estimated])
 
 
 def _put_back(buffers: list[tuple[Tensor, Tensor]]) -> None:

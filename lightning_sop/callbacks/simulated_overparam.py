@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lightning_sop.callbacks._patches import Patch
 from lightning_sop.callbacks._strategies import refuse_sharding
 from lightning_sop.callbacks._terminal import LateBar, show
 from lightning_sop.callbacks._wandb_runs import describe_run
@@ -80,6 +80,7 @@ class SimulatedOverparam(Callback):
         self.engine: Engine | None = None
         self.batchnorm = BatchNormReestimation(reestimate_batchnorm)
         self._model: LightningModule | None = None
+        self._patches: list[Patch] = []
         self._state: Mapping[str, Any] | None = None  # loaded before there is an engine
 
     @property
@@ -109,18 +110,32 @@ class SimulatedOverparam(Callback):
         # Layers may be made in the module's own hooks, which run after this one: then follow on the last of them.
         for hook in ("configure_model", "setup"):
             if is_overridden(hook, pl_module):
-                _call_after(pl_module, hook, functools.partial(self._attach, trainer, pl_module))
+
+                def then(original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+                    self._take_out_patches()
+                    original(*args, **kwargs)
+                    self._attach(trainer, pl_module)
+
+                self._patches.append(Patch(pl_module, hook, then))
                 return
         self._attach(trainer, pl_module)
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.engine is None or self._model is not pl_module:
+        before = self.engine if self._model is pl_module else None
+        plan = make_plan(pl_module, self.rules)
+        if before is None or not before.fits(pl_module, plan):  # layers were replaced, perhaps
             # By default two callbacks in one Trainer draw differently.
             seed = resolve_seed(None) ^ zlib.crc32(self.state_key.encode()) if self.seed is None else self.seed
             seed = trainer.strategy.broadcast(seed)
-            self.engine = Engine(pl_module, make_plan(pl_module, self.rules), seed)
+            self.engine = Engine(pl_module, plan, seed, before)
             self._model = pl_module
-        self.engine.attach()
+        self._running().attach()
+        self._patches.append(Patch(trainer, "save_checkpoint", self._save))
+
+    def _save(self, save: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Collapsed weights also for modules and callbacks that put parameters into a checkpoint by themselves."""
+        with self._running().collapsed():
+            save(*args, **kwargs)
 
     def _precede_averaging(self, trainer: Trainer) -> None:
         """Stand before callbacks that average weights in their hooks, so that they find the collapsed weights."""
@@ -139,7 +154,12 @@ class SimulatedOverparam(Callback):
         if isinstance(exception, KeyError) and "contains only the model" in str(exception):
             rank_zero_info(_WEIGHTS_ONLY)  # Lightning tells why it cannot resume, and no hook comes before
 
+    def _take_out_patches(self) -> None:
+        while self._patches:
+            self._patches.pop().remove()
+
     def _detach(self) -> None:
+        self._take_out_patches()
         if self.engine is not None and self.engine.attached:
             self.engine.detach()
         self.batchnorm.detach()
@@ -168,7 +188,8 @@ class SimulatedOverparam(Callback):
         engine = self._running()
         self.batchnorm.begin_step()
         engine.progress = self._progress(trainer)
-        if not all(form.built for form in engine.forms.values()):  # unfrozen since, perhaps
+        renewed = list(map(id, engine.optimizers)) != list(map(id, trainer.optimizers))
+        if renewed or not all(form.built for form in engine.forms.values()):  # unfrozen since, perhaps
             engine.start(trainer.optimizers)
         if getattr(trainer.fit_loop, "_skip_backward", False):
             engine.mean_in()  # StochasticWeightAveraging's pass for the BatchNorm statistics of its average
@@ -190,8 +211,13 @@ class SimulatedOverparam(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collapsed weights; ``eval()`` has seen to it, except in modules that are in eval mode all the time."""
         if self.engine is not None and self.engine.attached:
-            self.engine.mean_in()
+            self.engine.hold(True)
             self._reestimate(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on ``train()`` brings the mix back; in between a network in training mode has the collapsed weights."""
+        if self.engine is not None:
+            self.engine.hold(False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The collapsed weights are the result; from here on weights are what anybody makes them."""
@@ -208,6 +234,9 @@ class SimulatedOverparam(Callback):
 
     def _progress(self, trainer: Trainer) -> float:
         return (_part_done(trainer) or 0.0) if _anneals(self.rules) else 0.0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_patches": []}  # a copy has changed no methods
 
     def _running(self) -> Engine:
         if self.engine is None:
@@ -243,24 +272,6 @@ class SimulatedOverparam(Callback):
             "SimulatedOverparam: the checkpoint is one of the plain model. Its weights are kept; the larger tensors are "
             "made close around them."
         )
-
-
-def _call_after(pl_module: LightningModule, hook: str, then: Any) -> None:
-    """Run ``then`` once, right after the module's own hook; the module is as before afterwards."""
-    own = pl_module.__dict__.get(hook)
-    original = getattr(pl_module, hook)
-
-    @functools.wraps(original)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if own is None:
-            del pl_module.__dict__[hook]
-        else:
-            pl_module.__dict__[hook] = own
-        result = original(*args, **kwargs)
-        then()
-        return result
-
-    pl_module.__dict__[hook] = wrapper
 
 
 def _averages(callback: Callback) -> bool:

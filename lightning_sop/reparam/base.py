@@ -110,8 +110,8 @@ class Method(ABC):
 
     def expanded_numel(self, site: Site) -> int:
         """Number of trained values that stand for the weight; shown in the table."""
-        generator = torch.Generator().manual_seed(0)
-        return sum(tensor.numel() for tensor in self.build(torch.zeros(site.shape), site, generator))
+        generator = torch.Generator("cpu").manual_seed(0)
+        return sum(tensor.numel() for tensor in self.build(torch.zeros(site.shape, device="cpu"), site, generator))
 
     def describe(self) -> str:
         """The method and its settings on one line, for tables and ``print(model)``."""

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils.hooks import RemovableHandle
 
-from lightning_sop.reparam.checks import FORMAT, check_optimizer, check_state
+from lightning_sop.reparam import live
+from lightning_sop.reparam.base import Method, Site
+from lightning_sop.reparam.checks import FORMAT, check_name, check_optimizer, check_state
 from lightning_sop.reparam.form import TrainingForm
 from lightning_sop.reparam.names import child_name
 from lightning_sop.reparam.select import Plan
 from lightning_sop.reparam.stepping import StepCycle
 from lightning_sop.reparam.tied import TiedForm
-
-_live: weakref.WeakSet[Engine] = weakref.WeakSet()
-_discovery: RemovableHandle | None = None
 
 
 class Engine:
@@ -34,59 +31,75 @@ class Engine:
         model: the module whose weights the plan names.
         plan: what to convert, from :func:`lightning_sop.reparam.select.make_plan`.
         seed: of this engine's own random generator; no other random state is ever touched.
+        before: the engine of an earlier training of the model, whose random numbers, and whose forms in layers that are
+            still there, this one goes on with.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, seed: int) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, seed: int, before: Engine | None = None) -> None:
         self.plan = plan
-        self.generator = torch.Generator().manual_seed(seed)
+        # On the CPU whatever the default device is: the same random numbers for every machine.
+        self.generator = torch.Generator("cpu").manual_seed(seed)
         self.progress = 0.0
         self.near = False  # build around weights that were trained already
         self.forms: dict[str, TrainingForm] = {}
-        self._children: list[tuple[nn.Module, str, nn.Module]] = []
+        self._children: list[tuple[nn.Module, str, TrainingForm | TiedForm]] = []
         self._cycles: list[StepCycle] = []
         self._loaded_moments: list[Mapping[str, Any]] = []
         self.optimizers: list[Optimizer] = []
         self.attached = False
         for row, method in plan.converted:
-            seed = int(torch.randint(2**62, (), generator=self.generator))
+            seed = int(torch.randint(2**62, (), generator=self.generator, device="cpu"))
             path, name = row.owner
             owner = model.get_submodule(path)
-            form = self.forms[row.name] = TrainingForm(owner, name, method, row.site, seed)
+            known = None if before is None else before.forms.get(row.name)
+            if known is None or not _is_of(known, owner, name, method, row.site):
+                known = TrainingForm(owner, name, method, row.site, seed)
+            form = self.forms[row.name] = known
             self._children.append((owner, child_name(name), form))
             for path, alias in row.aliases:
                 other = model.get_submodule(path)
                 if (other, alias) != (owner, name):  # another name may lead to the same layer
                     self._children.append((other, child_name(alias), TiedForm(form, alias)))
 
+        if before is not None:
+            self.generator.set_state(before.generator.get_state())
+
+    def fits(self, model: nn.Module, plan: Plan) -> bool:
+        """Whether a plan selects the weights that this engine has forms for, in the very same layers."""
+        if [(row.names, row.site) for row, _ in plan.converted] != [(row.names, row.site) for row, _ in self.plan.converted]:
+            return False
+        named = [(self.forms[row.name], method, *row.owner) for row, method in plan.converted]
+        return all(_is_of(form, model.get_submodule(path), name, method, form.site) for form, method, path, name in named)
+
     # ------------------------------------------------------------------ on the model
 
     def attach(self) -> None:
         """Put the forms into their layers and listen to optimizers from now on."""
         for owner, name, child in self._children:
+            check_name(owner, name, child)
+        for owner, name, child in self._children:
             left_over = owner._modules.get(name)  # in a copy of a model that was being trained
             if isinstance(left_over, TrainingForm) and left_over is not child:
                 left_over.mean_in()
-            owner.add_module(name, child)
+            owner._modules[name] = child
         for form in self.forms.values():
             if form.built:
-                form.to(form.weight.device, form.weight.dtype)  # where the model has gone in the meantime
+                form.to(form.parameter.device, form.parameter.dtype)  # where the model has gone in the meantime
             form.live = True
             form.engine = self  # the model keeps its engine alive
         self.attached = True
-        _live.add(self)
-        _listen()
+        live.add(self)
 
     def release(self) -> None:
         """Leave the collapsed weights; from now on weights are what anybody makes them."""
-        _live.discard(self)
-        _listen()
+        live.discard(self)
         for cycle in self._cycles:
             cycle.abort()
         for form in self.forms.values():
             # Otherwise the layer has been changed, and this may be the clean-up after the error it caused.
-            if form.weight_or_none is not None:
+            if form.parameter_or_none is not None:
                 form.mean_in()
-            form.live = False
+            form.live = form.held = False
             form.engine = None
         for cycle in self._cycles:
             cycle.remove()
@@ -147,18 +160,40 @@ class Engine:
         for form in self.forms.values():
             form.mean_in()
 
+    @contextmanager
+    def collapsed(self) -> Iterator[None]:
+        """Collapsed weights in every layer for a while, whatever the model's mode; then what there was before."""
+        mixed = [form for form in self.forms.values() if form.mixed]
+        held = [form for form in self.forms.values() if form.held]
+        self.hold(True)
+        try:
+            yield
+        finally:
+            self.hold(False)
+            for form in held:
+                form.held = True
+            for form in mixed:
+                form.mix_in()
+
+    def hold(self, held: bool) -> None:
+        """Collapsed weights until further notice, also where the model is put into training mode; or no longer."""
+        for form in self.forms.values():
+            form.held = held
+        if held:
+            self.mean_in()
+
     def held_by(self, optimizer: Optimizer) -> list[TrainingForm]:
         """The forms whose weights are in the optimizer's groups, in the plan's order; frozen ones only if they are built."""
         ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
         held, lost = [], []
         for form in self.forms.values():
-            weight = form.weight_or_none
+            weight = form.parameter_or_none
             if weight is None or weight.shape != form.site.shape:
                 lost.append(form)
             elif id(weight) in ids and (form.built or weight.requires_grad):
                 held.append(form)
         if held and lost:  # not where the optimizer is another model's: the steps of all of them come by here
-            _ = lost[0].weight  # raises, by name
+            _ = lost[0].parameter  # raises, by name
         return held
 
     def cycle_of(self, optimizer: Optimizer) -> StepCycle:
@@ -176,7 +211,7 @@ class Engine:
 
     def _catch_up(self, form: TrainingForm) -> None:
         """φ follows the weight, also after training, while the model still has that weight."""
-        if self.attached or form.weight_or_none is not None:
+        if self.attached or form.parameter_or_none is not None:
             with torch.no_grad():
                 form.follow()
 
@@ -241,9 +276,9 @@ class Engine:
                 _set_moments(self.cycle_of(optimizer), moments)
 
 
-def live_engines() -> list[Engine]:
-    """The engines that are training at present."""
-    return list(_live)
+def _is_of(form: TrainingForm, owner: nn.Module, name: str, method: Method, site: Site) -> bool:
+    """Whether a form is that of a layer's parameter, by a method."""
+    return form._owner is owner and (form._name, form.site) == (name, site) and form.method is method
 
 
 def _set_moments(cycle: StepCycle, moments: Mapping[str, Any]) -> None:
@@ -256,21 +291,3 @@ def _broadcast(tensors: Iterable[Tensor]) -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         for tensor in tensors:
             torch.distributed.broadcast(tensor, 0)
-
-
-def _discover(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Before any optimizer's step: hook the optimizers that hold weights in training form, also ones nested in others."""
-    for engine in live_engines():
-        held = engine.held_by(optimizer)
-        if held:
-            engine.cycle_of(optimizer).innermost(held)
-
-
-def _listen() -> None:
-    """The process-wide hook exists exactly while an engine is live."""
-    global _discovery
-    if _live and _discovery is None:
-        _discovery = register_optimizer_step_pre_hook(_discover)
-    elif not _live and _discovery is not None:
-        _discovery.remove()
-        _discovery = None

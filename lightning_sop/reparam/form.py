@@ -27,6 +27,7 @@ class TrainingForm(nn.Module):
     __setattr__ = object.__setattr__  # type: ignore[assignment]
 
     live: bool  # an engine trains through this form (never true of a copy)
+    held: bool  # the layer is to have the collapsed weight, whatever train() says
     mixed: bool  # what the weight holds now: the mix, or the collapsed weight
     mix: Tensor | None  # the mix of the current step
     drawn_at: float = 0.0  # the part of the training that was done when it was drawn
@@ -43,7 +44,7 @@ class TrainingForm(nn.Module):
     _mixed_grad: tuple[Tensor, int] | None  # the gradient, as it was when a mix gave way to the collapsed weight
 
     def __init__(self, owner: nn.Module, name: str, method: Method, site: Site, seed: int) -> None:
-        self.live = False
+        self.live = self.held = False
         super().__init__()
         self._owner = owner
         self._name = name
@@ -60,13 +61,12 @@ class TrainingForm(nn.Module):
         return bool(self.phi)
 
     @property
-    def weight(self) -> nn.Parameter:
+    def parameter(self) -> nn.Parameter:
         """The layer's own parameter, looked up each time (a module may be given a new one)."""
-        weight = self.weight_or_none
+        weight = self.parameter_or_none
         if weight is None or weight.shape != self.site.shape:
-            what = (
-                "is no longer a parameter of its layer" if weight is None else f"has become of shape {tuple(weight.shape)}"
-            )
+            shape = None if weight is None else tuple(weight.shape)
+            what = "is no longer a parameter of its layer" if shape is None else f"has become of shape {shape}"
             raise RuntimeError(
                 f"{self.site.name} {what}: it was pruned, parametrized, deleted or replaced after SimulatedOverparam was "
                 f"attached. Do that before training starts, or exclude '{self.site.name}'."
@@ -74,7 +74,7 @@ class TrainingForm(nn.Module):
         return weight
 
     @property
-    def weight_or_none(self) -> nn.Parameter | None:
+    def parameter_or_none(self) -> nn.Parameter | None:
         """The parameter, or None where the layer no longer has it."""
         return self._owner._parameters.get(self._name)
 
@@ -88,8 +88,8 @@ class TrainingForm(nn.Module):
     @torch.no_grad()
     def build(self, *, near: bool = False) -> None:
         """Make φ around the weight as it is now; ``near`` keeps φ close to it (a weight that was trained already)."""
-        generator = torch.Generator().manual_seed(self.seed)
-        self.set_storage(self.method.build(self.weight.detach(), self.site, generator, near=near))
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+        self.set_storage(self.method.build(self.parameter.detach(), self.site, generator, near=near))
         self._mark_collapsed()
 
     def set_storage(self, storage: list[Tensor]) -> None:
@@ -103,14 +103,15 @@ class TrainingForm(nn.Module):
     def load(self, storage: list[Tensor], mix: Tensor | None) -> None:
         """Take φ from a checkpoint whose weights are in place; weights that differ from φ's own win."""
         self.mean_in()
-        weight = self.weight
+        weight = self.parameter
         self.set_storage([tensor.detach().to(weight.device, weight.dtype, copy=True) for tensor in storage])
         self.mix = mix
         collapsed = self.collapsed()
         # Equal up to rounding: one checkpoint, perhaps written on another device, or in a lower precision than the module
         # has at this moment (Lightning casts it later). Then φ is kept bit for bit.
         tolerance = 8 * max(torch.finfo(tensor.dtype).eps for tensor in (weight, *storage))
-        if torch.allclose(weight, collapsed, rtol=tolerance, atol=tolerance * float(collapsed.abs().max())):
+        largest = float(collapsed.abs().max()) if collapsed.numel() else 0.0
+        if torch.allclose(weight, collapsed, rtol=tolerance, atol=tolerance * largest):
             weight.copy_(collapsed)
             self._mark_collapsed()
         else:
@@ -127,28 +128,28 @@ class TrainingForm(nn.Module):
         """The deployable weight, a new tensor of the weight's dtype; the weight itself is not touched."""
         # What is saved during Lightning's evaluation is an ordinary tensor, too; leaving inference mode enables gradients.
         with torch.inference_mode(False), torch.no_grad():
-            weight = torch.empty_like(self.weight)
+            weight = torch.empty_like(self.parameter)
             self.method.write(weight, self.phi, None, self.site)
         return weight
 
     @torch.no_grad()
     def mix_in(self) -> None:
         """Write the mixed weight, before a training forward."""
-        if not self.built or self.mix is None or self.mixed or not self.weight.requires_grad:
+        if not self.built or self.mix is None or self.mixed or not self.parameter.requires_grad:
             return
         guard, self._version_guard = self._version_guard, None
         changed = self.follow()
-        untouched = guard is not None and not changed and guard[1] == self.weight._version
+        untouched = guard is not None and not changed and guard[1] == self.parameter._version
         self.write_mix()
         if guard is not None and untouched:
             # The weight holds again, bit for bit, what a pending backward has saved; its version may say so too. That is
             # what lets a training step evaluate or generate between forward and backward.
             guard[0].__exit__()
-            self._written_version = self.weight._version
+            self._written_version = self.parameter._version
 
     def write_mix(self) -> None:
         """Write the mixed weight (under no_grad) after φ or the mix have changed; nobody else has written it since."""
-        weight = self.weight
+        weight = self.parameter
         if not weight.requires_grad:  # frozen since: a constant, and that is the collapsed weight
             self.mean_in()
             return
@@ -162,7 +163,7 @@ class TrainingForm(nn.Module):
         if not self.built or not self.mixed:
             return
         changed = self.follow()
-        weight = self.weight
+        weight = self.parameter
         guard = torch.autograd.grad_mode._unsafe_preserve_version_counter(weight)
         self.write_mean()
         self._version_guard = None if changed else (guard, weight._version)
@@ -170,23 +171,22 @@ class TrainingForm(nn.Module):
 
     def write_mean(self) -> None:
         """Write the collapsed weight (under no_grad); nobody else has written the weight since this form last did."""
-        self.method.write(self.weight, self.phi, None, self.site)
+        self.method.write(self.parameter, self.phi, None, self.site)
         self._mark_collapsed()
 
     def follow(self) -> bool:
         """Give φ what others wrote into the weight since this form last did; returns whether they have. Under no_grad."""
         if not self.built or self._written is None:
             return False
-        weight = self.weight
+        weight = self.parameter
         if self._written.device != weight.device or self._written.dtype != weight.dtype:  # moved while detached
             self.to(weight.device, weight.dtype)
-        if weight.device.type == "cpu":
-            # By value and not by version counter: writes through ``.data`` do not count as versions.
-            changed = not same_bits(weight, self._written)
-            if not changed:
-                return False
-        else:  # asking for the value would make the host wait for the accelerator at every step: shift, by zero perhaps
-            changed = weight._version != self._written_version
+        on_cpu = weight.device.type == "cpu"
+        # By value and not by version counter: writes through ``.data`` do not count as versions.
+        if on_cpu and same_bits(weight, self._written):
+            return False
+        # Asking for the value would make the host wait for an accelerator at every step: shift there, by zero perhaps.
+        changed = on_cpu or weight._version != self._written_version
         self.method.shift(self.phi, self._written, weight, self.site)
         self._remember(weight)
         return changed
@@ -200,14 +200,14 @@ class TrainingForm(nn.Module):
         self._written_version = weight._version
 
     def _mark_collapsed(self) -> None:
-        self._remember(self.weight)
+        self._remember(self.parameter)
         self.mixed, self._version_guard, self._mixed_grad = False, None, None
 
     @torch.no_grad()
     def accept_loaded(self) -> None:
         """The weight was loaded as a whole: from now on φ collapses to it."""
-        if self.built and not torch.equal(self.weight, self._written if self._written is not None else self.collapsed()):
-            self.method.shift(self.phi, self.collapsed(), self.weight, self.site)
+        if self.built and not torch.equal(self.parameter, self._written if self._written is not None else self.collapsed()):
+            self.method.shift(self.phi, self.collapsed(), self.parameter, self.site)
             self._mark_collapsed()
 
     def gradients(self) -> list[Tensor]:
@@ -219,7 +219,7 @@ class TrainingForm(nn.Module):
 
     def pull_back(self) -> None:
         """Set the gradient of every φ from the weight's gradient (None, where the weight has none). Under no_grad."""
-        grad = self.weight.grad
+        grad = self.parameter.grad
         if grad is None:
             for parameter in self.phi:
                 parameter.grad = None
@@ -237,7 +237,7 @@ class TrainingForm(nn.Module):
     def after_update(self) -> None:
         """Follow an optimizer that has also cleared φ's gradients (SAM) or replaced ``φ.data``. Under no_grad."""
         if all(phi.grad is None for phi in self.phi):
-            self.weight.grad = None
+            self.parameter.grad = None
         if [phi.data_ptr() for phi in self.phi] != self._addresses:
             for phi, view in zip(self.phi, self.method.parameters(self.storage), strict=True):
                 view.copy_(phi)
@@ -253,15 +253,16 @@ class TrainingForm(nn.Module):
         self.__dict__["_training"] = mode
         if not mode:
             self.mean_in()
-        elif self.live:
+        elif self.live and not self.held:
             self.mix_in()
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """Adds nothing of its own; the layer's entry becomes the collapsed weight where the layer holds a mix."""
-        if destination is None:
-            destination = {}
-        key = owner_key(prefix, self._name)
-        if self.mixed and not keep_vars and key in destination:
+        return self.save_as(owner_key(prefix, self._name), {} if destination is None else destination, keep_vars)
+
+    def save_as(self, key: str, destination: Any, keep_vars: bool) -> Any:
+        """Put a copy of the collapsed weight where a layer holds a mix, or will again before the state is written."""
+        if self.built and (self.mixed or self.held) and not keep_vars and key in destination:
             with torch.no_grad():
                 self.follow()  # a write that nobody has noticed yet is part of what is saved
             destination[key] = self.collapsed()
@@ -285,7 +286,7 @@ class TrainingForm(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         weight = self._owner._parameters.get(self._name)
         dropped: dict[str, Any] = {name: [] for name in ("phi", "_gradients", "_gradient_storage")}
-        dropped |= {"live": False, "engine": None, "_version_guard": None, "_mixed_grad": None}
+        dropped |= {"live": False, "held": False, "engine": None, "_version_guard": None, "_mixed_grad": None}
         return {**self.__dict__, **dropped, "weight": weight}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

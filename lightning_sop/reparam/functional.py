@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sop.reparam.base import Method, Site
-from lightning_sop.reparam.engine import Engine, live_engines
+from lightning_sop.reparam.engine import Engine
 from lightning_sop.reparam.form import TrainingForm
+from lightning_sop.reparam.live import live_engines
 from lightning_sop.reparam.majority import MajorityKernels
 from lightning_sop.reparam.methods import METHODS
 from lightning_sop.reparam.names import owner_key

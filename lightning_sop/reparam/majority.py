@@ -106,7 +106,7 @@ class MajorityKernels(Method):
         if self.factor == 1 or scale == 0:
             return [stack.copy_(weight)]
         exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        noise = torch.randn((self.factor, *weight.shape), generator=generator).to(exact)
+        noise = torch.randn((self.factor, *weight.shape), generator=generator, device="cpu").to(exact)
         noise -= noise.mean(0)
         rms = exact.square().mean().sqrt()
         return [stack.copy_(exact + scale * rms * noise)]
@@ -140,14 +140,16 @@ class MajorityKernels(Method):
         """``count`` draws as columns of a ``(k, count)`` tensor."""
         shape = (count, self.factor)
         if self.draw_name == "one_hot":
-            choice = torch.randint(self.factor, (count,), generator=generator)
+            choice = torch.randint(self.factor, (count,), generator=generator, device="cpu")
             return torch.nn.functional.one_hot(choice, self.factor).double().T
         if self.draw_name == "softmax_normal":
-            return torch.randn(shape, generator=generator, dtype=torch.float64).softmax(1).T
-        uniform = 1 - torch.rand(shape, generator=generator, dtype=torch.float64)  # in (0, 1]: the sum is never zero
+            return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").softmax(1).T
+        # in (0, 1]: the sum is never zero
+        uniform = 1 - torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
         if self.draw_name == "dirichlet":
             # Gamma(a) is Gamma(a + 1) times U^(1/a), here as logarithms: for a small alpha all of them would underflow.
-            gamma = torch._standard_gamma(torch.full(shape, self.alpha + 1, dtype=torch.float64), generator=generator)
+            concentration = torch.full(shape, self.alpha + 1, dtype=torch.float64, device="cpu")
+            gamma = torch._standard_gamma(concentration, generator=generator)
             return (gamma.log() + uniform.log() / self.alpha).softmax(1).T
         return (uniform / uniform.sum(1, keepdim=True)).T
 
@@ -202,7 +204,7 @@ class MajorityKernels(Method):
     def pull_back(self, phi: Sequence[Tensor], mix: Tensor | None, grad: Tensor, site: Site, out: Sequence[Tensor]) -> None:
         """Closed form: s v_i ∂L/∂W for each kernel (v_i = 1/k where the weight was the mean)."""
         if mix is None:
-            mix = torch.full((self.factor,), 1 / self.factor, dtype=torch.float64)
+            mix = torch.full((self.factor,), 1 / self.factor, dtype=torch.float64, device="cpu")
         shares = mix * self.gradient_scale
         if shares.dim() == 1 and grad.device.type == "cpu" and grad.dtype in (torch.float32, torch.float64):
             column = shares.to(grad.dtype).view(-1, *[1] * grad.dim())

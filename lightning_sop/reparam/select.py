@@ -12,6 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from lightning_sop.reparam.base import Method, Site
 from lightning_sop.reparam.form import TrainingForm
+from lightning_sop.reparam.memory import overlapping
 from lightning_sop.reparam.names import child_name, matches, split
 from lightning_sop.reparam.tied import TiedForm
 
@@ -154,7 +155,8 @@ def make_plan(model: nn.Module, rules: Sequence[Rule]) -> Plan:
             already; the message names the pattern or the layer, and the way out.
     """
     shared = _shared_parameters(model)
-    rows = tuple(_decide(model, parameter, names, rules) for parameter, names in shared)
+    tangled = overlapping((names[0], parameter) for parameter, names in shared)
+    rows = tuple(_decide(model, parameter, names, rules, tangled.get(id(parameter))) for parameter, names in shared)
     _check_patterns(model, rules, [name for _, names in shared for name in names])
     plan = Plan(rows)
     if not plan.converted:
@@ -172,14 +174,16 @@ def _shared_parameters(model: nn.Module) -> list[tuple[nn.Parameter, tuple[str, 
     return [(parameter, tuple(names)) for parameter, names in found.values()]
 
 
-def _decide(model: nn.Module, parameter: nn.Parameter, names: tuple[str, ...], rules: Sequence[Rule]) -> PlanRow:
+def _decide(
+    model: nn.Module, parameter: nn.Parameter, names: tuple[str, ...], rules: Sequence[Rule], tangled: str | None
+) -> PlanRow:
     """The row of one parameter: converted by the first rule that takes any of its names."""
     reasons = []
     for name in names:
         path, local = split(name)
         layer = model.get_submodule(path)
         site = _site(layer, name, parameter)
-        obstacle = _obstacle(layer, local, parameter)
+        obstacle = f"in one memory with '{tangled}'" if tangled else _obstacle(layer, local, parameter)
         for rule in rules:
             refusal = _refusal(rule, names, layer, local, parameter)
             if refusal is None and rule.method is None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_sop.reparam.checks import check_update
 from lightning_sop.reparam.moments import PlainState, State, on_device, plain_dicts, plain_state
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ class StepCycle:
         self.loaded: set[str] = set()  # moments from a checkpoint, whose plain image the optimizer loads for itself
         self._given: dict[str, PlainState] = {}
         self._swapped = False  # whether φ is in the place of the weights
+        self._versions: list[int] = []  # of the weights since then
+        self._checked = 0  # steps of which also the weights' values were looked at
+        self._pulled: list[tuple[int, int]] = []  # gradients of the weights, as they were pulled back
         self._forms: list[TrainingForm] = []
         self._held: list[TrainingForm] = []
         self._depth = 0  # of calls of step() within each other
@@ -121,6 +125,8 @@ class StepCycle:
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._depth:  # a subclass that calls super().step(): φ is in place, with the gradients that it has edited
             self._depth += 1
+            if self._swapped and self._pulled != _gradients(self._forms):
+                self._pull_back()  # it has edited those of the weights instead
             return None
         self.abort()
         self._depth = 1
@@ -149,8 +155,11 @@ class StepCycle:
         if self._depth or not self._swapped:
             return
         self._swap_out()
-        for form in self._forms:
+        edited = [now not in (then, NO_GRADIENT) for then, now in zip(self._pulled, _gradients(self._forms), strict=True)]
+        for form, version, unseen in zip(self._forms, self._versions, edited, strict=True):
+            check_update(optimizer, form, version, unseen, by_value=self._checked < 3)
             form.after_update()
+        self._checked += 1
         if not _skipped(optimizer):
             self.engine.draw(self._forms)
         for form in self._forms:
@@ -192,15 +201,17 @@ class StepCycle:
         for form in self._forms:
             form.follow()
             form.pull_back()
+        self._pulled = _gradients(self._forms)
 
     # ------------------------------------------------------------------ the swap
 
     def _swap_in(self) -> None:
         """Groups and state: φ instead of the weights, in place (LBFGS keeps the list)."""
-        by_id = {id(form.weight): form for form in self._forms}
+        by_id = {id(form.parameter): form for form in self._forms}
         for group in self.optimizer.param_groups:
             group["params"][:] = [phi for p in group["params"] for phi in (by_id[id(p)].phi if id(p) in by_id else [p])]
         self._swapped = True
+        self._versions = [form.parameter._version for form in self._forms]
         state = self.optimizer.state
         for form in self._forms:
             for phi, moments in zip(form.phi, self._take_moments(form), strict=False):
@@ -216,7 +227,7 @@ class StepCycle:
         for form in self._forms:
             first, *others = map(id, form.phi)
             weights |= {key: [] for key in others}
-            weights[first] = [form.weight]
+            weights[first] = [form.parameter]
         for group in self.optimizer.param_groups:
             group["params"][:] = [p for phi in group["params"] for p in weights.get(id(phi), [phi])]
         self._swapped = False
@@ -226,7 +237,7 @@ class StepCycle:
             self.moments[name] = [state.pop(phi, {}) for phi in form.phi]
             if any(self.moments[name]):
                 self._given[name] = PlainState(functools.partial(plain_state, form, self.moments[name]))
-                state[form.weight] = self._given[name]
+                state[form.parameter] = self._given[name]
         return True
 
     @torch.no_grad()
@@ -241,7 +252,7 @@ class StepCycle:
     def _take_moments(self, form: TrainingForm) -> list[State]:
         """The state of each φ for this step, out of what the optimizer holds for the weight now."""
         name = form.site.name
-        entry = self.optimizer.state.pop(form.weight, None)
+        entry = self.optimizer.state.pop(form.parameter, None)
         given = self._given.get(name)
         ours = entry is not None and (name in self.loaded or (entry is given and not given.edited))
         self.loaded.discard(name)
@@ -251,9 +262,18 @@ class StepCycle:
             return []
         # Loaded by a checkpoint of the plain network, or written by the user: each φ starts from the weight's state.
         per_parameter = not isinstance(self.optimizer, torch.optim.LBFGS)  # which keeps everything with its first one
-        if per_parameter and all(phi.shape == form.weight.shape for phi in form.phi):
+        if per_parameter and all(phi.shape == form.parameter.shape for phi in form.phi):
             return [copy.deepcopy(dict(entry)) for _ in form.phi]
         return []
+
+
+NO_GRADIENT = (0, 0)
+
+
+def _gradients(forms: list[TrainingForm]) -> list[tuple[int, int]]:
+    """Tells whether gradients of weights are the same tensors as before, and whether they were written."""
+    found = [form.parameter.grad for form in forms]
+    return [NO_GRADIENT if grad is None else (id(grad), grad._version) for grad in found]
 
 
 def _skipped(optimizer: Optimizer) -> bool:

@@ -28,12 +28,7 @@ class TiedForm(nn.Module):
         return form
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        if destination is None:
-            destination = {}
-        key = owner_key(prefix, self._name)
-        if self.form.mixed and not keep_vars and key in destination:
-            destination[key] = self.form.collapsed()
-        return destination
+        return self.form.save_as(owner_key(prefix, self._name), {} if destination is None else destination, keep_vars)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.form.accept_loaded()

@@ -260,3 +260,21 @@ def test_a_step_that_is_one_graph_shows_no_inputs(tmp_path: Path) -> None:
     model = torch.compile(seeded(Quiet), backend=CompileCounter())
     with pytest.warns(UserWarning, match="no call of a network with BatchNorm layers was seen"):
         fit(model, tmp_path, overparam(3, reestimate_batchnorm=BATCHES), limit_val_batches=0)
+
+
+def test_what_a_module_remembers_between_calls_is_left_alone(tmp_path: Path) -> None:
+    class Remembers(Classifier):
+        """Adds something of its last outputs."""
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            self.calls = getattr(self, "calls", 0) + 1
+            outputs = self.net(inputs) + 0.1 * getattr(self, "last", torch.zeros(5)).mean(0)
+            self.last = outputs.detach()
+            return outputs
+
+    trained = []
+    for batches in (0, 2):
+        model = seeded(Remembers)
+        fit(model, tmp_path, overparam(3, reestimate_batchnorm=batches), limit_val_batches=0)
+        trained.append((dict(model.named_parameters()), model.calls))
+    assert same_tensors(*trained)

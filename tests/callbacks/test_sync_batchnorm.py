@@ -116,7 +116,7 @@ def test_converted_layers_evaluate_and_collapse() -> None:
     inputs = torch.randn(4, 10, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(model.eval()(inputs), plain.eval()(inputs))
     model.train()
-    assert not any(torch.equal(form.weight, form.collapsed()) for form in forms.values())
+    assert not any(torch.equal(form.parameter, form.collapsed()) for form in forms.values())
     collapse_(model)
     assert not forms_in(model)
     torch.testing.assert_close(model.eval()(inputs), plain(inputs))

@@ -59,7 +59,7 @@ def test_kernel_gradients_are_the_mix_times_the_weight_gradient(
     loss = torch.func.functional_call(copy.deepcopy(model), {form.site.name: weight}, x).square().sum()
     (expected,) = torch.autograd.grad(loss, leaves)
     model(x).square().sum().backward()
-    plain = form.weight.grad.clone()
+    plain = form.parameter.grad.clone()
     optimizer.step()
     moved = before - stacked(form.phi)
     torch.testing.assert_close(moved, (3 if scale is None else scale) * expected, rtol=1e-10, atol=1e-12)

@@ -50,7 +50,7 @@ def test_any_gradient_scale_moves_the_mean_kernel_in_proportion(scale: float, de
         optimizer.zero_grad()
         loss_of(model, step).backward()
         before = {name: weight.clone() for name, weight in model.state_dict().items()}
-        gradients = {name: form.weight.grad.clone() for name, form in engine.forms.items()}
+        gradients = {name: form.parameter.grad.clone() for name, form in engine.forms.items()}
         optimizer.step()
         for name, gradient in gradients.items():
             expected = before[name] - 0.1 * (scale / 4 * gradient + decay * before[name])

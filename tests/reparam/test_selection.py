@@ -169,3 +169,93 @@ def test_any_patterns_select_what_they_name_and_never_change_the_state_dict(
             expand_(model, optimizer, METHOD, include=include, exclude=exclude)
         assert not any("form" in name for name, _ in model.named_modules())
     assert {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()} == before
+
+
+# ---------------------------------------------------------------------- one memory, and names that are taken
+
+
+def tied_by_memory(transposed: bool) -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3), nn.Linear(4, 4))
+    weight = model[0].weight.data
+    model[2].weight.data = weight.t() if transposed else weight
+    return model
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_weights_in_one_memory_stay_plain(transposed: bool) -> None:
+    plan = make_plan(tied_by_memory(transposed), [Rule(METHOD)])
+    assert [row.name for row, _ in plan.converted] == ["1.weight"]
+    assert plan.row("0.weight").reason == "in one memory with '2.weight'"
+    assert plan.row("2.weight").reason == "in one memory with '0.weight'"
+
+    trained = []
+    for factor in (0, 1):
+        torch.manual_seed(0)
+        model = tied_by_memory(transposed)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        if factor:
+            expand_(model, optimizer, MajorityKernels(factor), seed=3)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model[2](model[0](torch.ones(2, 4))).square().sum().backward()
+            optimizer.step()
+        trained.append(model[0].weight.detach())
+    assert torch.equal(*trained)
+
+
+def test_parts_of_one_buffer_are_weights_of_their_own() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 5))
+    buffer = torch.randn(12 + 15)
+    model[0].weight.data, model[1].weight.data = buffer[:12].view(3, 4), buffer[12:].view(5, 3)
+    assert {row.name for row, _ in make_plan(model, [Rule(METHOD)]).converted} == {"0.weight", "1.weight"}
+
+
+@pytest.mark.parametrize("kind", ["attribute", "module", "class"])
+def test_a_layer_with_something_of_the_forms_name_is_refused_by_name(kind: str) -> None:
+    class Own(nn.Linear):
+        weight_form = 3
+
+    layer = Own(4, 3) if kind == "class" else nn.Linear(4, 3)
+    if kind == "attribute":
+        layer.weight_form = "dense"
+    elif kind == "module":
+        layer.weight_form = nn.Identity()
+    model = nn.Sequential(nn.Linear(4, 4), layer)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(ValueError, match=r"the layer of '1.weight', an? (Own|Linear), has something called 'weight_form'"):
+        expand_(model, optimizer, METHOD)
+    assert not model[0]._modules  # nothing is left half-way
+    expand_(model, optimizer, METHOD, exclude=["1"])
+
+
+def test_a_layer_that_answers_for_every_name_is_converted() -> None:
+    class Anything(nn.Linear):
+        def __getattr__(self, name: str) -> object:
+            return None if name.endswith("_form") else super().__getattr__(name)
+
+    model = nn.Sequential(Anything(4, 3))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    engine = expand_(model, optimizer, METHOD)
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    assert engine.forms["0.weight"].mixed
+
+
+def test_the_default_device_is_not_that_of_random_numbers() -> None:
+    weights = []
+    for device in (None, "meta"):  # as "cuda" would, it refuses a generator of the CPU
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 3))
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        torch.set_default_device(device)
+        try:
+            for method in (MajorityKernels(3), MajorityKernels(3, draw="dirichlet"), MajorityKernels(3, draw="one_hot")):
+                engine = expand_(model, optimizer, method, seed=1)
+                weights.append(engine.forms["0.weight"].storage[0].clone())
+                engine.detach()
+            MajorityKernels(3, draw="softmax_normal").draw([engine.forms["0.weight"].site], torch.Generator("cpu"), 0.0)
+            assert make_plan(model, [Rule(METHOD)]).numel[1] > 12
+        finally:
+            torch.set_default_device(None)
+    for left, right in zip(weights[:3], weights[3:], strict=True):
+        assert torch.equal(left, right)

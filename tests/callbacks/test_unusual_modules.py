@@ -1,0 +1,230 @@
+"""Modules that do more than most: look at their own layers, keep parameters by themselves, change between or after fits."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_sop import CollapseOnSave, MajorityKernels, SimulatedOverparam
+from tests.callbacks.helpers import Classifier, InSetup, fit, overparam, same_tensors, seeded, trainer
+
+# Lightning's advice to resume with the same callbacks, which is what some of these tests do not do.
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using")
+
+
+def far(**options: Any) -> SimulatedOverparam:
+    """Kernels so far apart that a mix is never taken for their mean."""
+    return SimulatedOverparam(MajorityKernels(4, init="independent", anneal=0), verbose=False, **options)
+
+
+# ---------------------------------------------------------------------- fits that fail, and fits after them
+
+
+class SetupFails(pl.Callback):
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        raise ValueError("an option of another callback is wrong")
+
+
+@pytest.mark.parametrize("corrected", [True, False])
+def test_a_fit_that_failed_before_the_layers_were_there_leaves_nothing(tmp_path: Path, corrected: bool) -> None:
+    model = seeded(InSetup)
+    with pytest.raises(ValueError, match="another callback"):
+        fit(model, tmp_path, overparam(3), SetupFails())
+    assert "setup" not in model.__dict__
+    if corrected:
+        fit(model, tmp_path, overparam(3))  # not refused as a second callback
+    fit(model, tmp_path)
+    plain = seeded(InSetup)
+    if corrected:
+        fit(plain, tmp_path, overparam(3))
+    fit(plain, tmp_path)
+    assert same_tensors(model.state_dict(), plain.state_dict())
+    assert not [name for name, _ in model.named_modules() if "form" in name]
+
+
+def test_methods_that_are_wrapped_are_those_of_the_object_again(tmp_path: Path) -> None:
+    seen = []
+
+    class Look(pl.Callback):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            own = next(callback for callback in trainer.callbacks if isinstance(callback, SimulatedOverparam))
+            seen.append("save_checkpoint" in trainer.__dict__)
+            pickle.loads(pickle.dumps(own))
+            assert copy.deepcopy(own)._patches == []
+
+    model = seeded(InSetup)
+    run = fit(model, tmp_path, overparam(3, include=["net.0"]), overparam(2, include=["net.4"]), Look())
+    assert seen == [True]
+    assert "save_checkpoint" not in run.__dict__
+    assert "setup" not in model.__dict__
+
+
+def test_a_layer_may_be_replaced_between_fits(tmp_path: Path) -> None:
+    model, callback = seeded(Classifier), overparam(3)
+    trainer(tmp_path, callback).fit(model)
+    kept = callback.engine.forms["net.0.weight"]
+    model.net[4] = nn.Linear(32, 5)
+    saved = ModelCheckpoint(tmp_path, filename="{epoch}")
+    run = trainer(tmp_path, callback, CollapseOnSave(), saved, max_epochs=1)
+    run.fit(model)
+    assert callback.engine.forms["net.0.weight"] is kept  # goes on
+    assert callback.engine.forms["net.4.weight"].built
+    for name, weight in callback.collapsed_weights().items():
+        assert torch.allclose(model.state_dict()[name].double(), weight, atol=1e-6)
+    assert (tmp_path / "epoch=0.deploy.ckpt").exists()
+    model.net[4] = nn.Linear(32, 7)  # of another size: also a checkpoint can be resumed from
+    run = trainer(tmp_path, callback, ModelCheckpoint(tmp_path, filename="seven"), max_epochs=1)
+    run.fit(model)
+    trainer(tmp_path, callback, max_epochs=2).fit(model, ckpt_path=tmp_path / "seven.ckpt", weights_only=True)
+
+
+# ---------------------------------------------------------------------- modules that look at themselves
+
+
+class Decaying(Classifier):
+    """Penalizes whatever has a weight."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        weights = [module.weight for module in self.modules() if hasattr(module, "weight")]
+        return super().training_step(batch, batch_idx) + 0.1 * sum(weight.square().sum() for weight in weights)
+
+
+def test_a_form_has_no_weight_of_its_own(tmp_path: Path) -> None:
+    one, plain = seeded(Decaying), seeded(Decaying)
+    fit(one, tmp_path, overparam(1))
+    fit(plain, tmp_path)
+    assert same_tensors(one.state_dict(), plain.state_dict())
+
+
+class ByName(Classifier):
+    """Saves parameters and not its state_dict, as for adapters."""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {name: parameter.detach().clone() for name, parameter in self.named_parameters()}
+
+
+class InTheHook(Classifier):
+    """The same in its hook."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = {name: parameter.detach().clone() for name, parameter in self.named_parameters()}
+
+
+class Collapsed(pl.Callback):
+    """What checkpoints of single steps ought to hold."""
+
+    def __init__(self) -> None:
+        self.weights: dict[int, dict[str, Tensor]] = {}
+
+    def __deepcopy__(self, memo: Any) -> Collapsed:
+        return self
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        own = next(callback for callback in trainer.callbacks if isinstance(callback, SimulatedOverparam))
+        self.weights[trainer.global_step] = own.collapsed_weights()
+
+
+@pytest.mark.parametrize("make", [ByName, InTheHook, Classifier])
+def test_checkpoints_of_parameters_are_collapsed(tmp_path: Path, make: Any) -> None:
+    collapsed = Collapsed()
+    saved = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+    model = seeded(make)
+    fit(model, tmp_path, far(), collapsed, saved)
+    again = seeded(make)
+    fit(again, tmp_path, far())
+    assert same_tensors(dict(model.named_parameters()), dict(again.named_parameters()))  # saving changes nothing
+    for step in (3, 6):
+        checkpoint = torch.load(tmp_path / f"step={step}.ckpt", weights_only=True)["state_dict"]
+        for name, weight in collapsed.weights[step].items():
+            assert torch.allclose(checkpoint[name].double(), weight, atol=1e-5)
+
+
+def test_a_state_that_is_written_later_is_what_it_was(tmp_path: Path) -> None:
+    states = []
+
+    class Keep(pl.Callback):
+        def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
+            states.append((checkpoint["state_dict"], copy.deepcopy(checkpoint["state_dict"])))
+
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "a.ckpt")
+            later, now = states[-1]
+            for name in ("net.0.weight", "net.4.weight"):
+                assert torch.equal(later[name], now[name])
+
+    fit(seeded(Classifier), tmp_path, far(), Keep(), max_epochs=1)
+    assert len(states) == 4
+
+
+class InTrainMode(Classifier):
+    """Validates in training mode, where torchvision's detectors return losses."""
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.net[0].train()
+        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
+        self.net[0].eval()
+
+
+def test_validation_in_training_mode_is_of_the_collapsed_weights(tmp_path: Path) -> None:
+    model = seeded(InTrainMode)
+    run = fit(model, tmp_path, far(), max_epochs=1)
+    deployed = trainer(tmp_path).validate(model, verbose=False)[0]["val_loss"]
+    assert float(run.callback_metrics["val_loss"]) == deployed
+    model = seeded(InTrainMode)
+    seen = []
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+            seen.append(not torch.allclose(pl_module.net[0].weight, pl_module.net[0].weight_form.collapsed()))
+
+    fit(model, tmp_path, far(), Look(), val_check_interval=2, max_epochs=1)
+    assert seen == [True] * 4  # and training goes on with mixes
+
+
+# ---------------------------------------------------------------------- optimizers that are made anew
+
+
+class Renews(pl.Callback):
+    """A warm restart: other optimizers from the second epoch on."""
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            trainer.strategy.setup_optimizers(trainer)
+
+
+@pytest.mark.parametrize("factor", [1, 3])
+def test_an_optimizer_that_was_made_anew_is_the_one_that_is_saved(tmp_path: Path, factor: int) -> None:
+    def make() -> Classifier:
+        return seeded(Classifier, shuffle=False, dropout=0.0)
+
+    whole = make()
+    saved = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    fit(whole, tmp_path, overparam(factor), Renews(), saved, max_epochs=4)
+    resumed = make()
+    fit(resumed, tmp_path, overparam(factor), ckpt=tmp_path / "epoch=2.ckpt", max_epochs=4)
+    assert same_tensors(whole.state_dict(), resumed.state_dict())
+
+
+def test_a_weight_without_values_is_resumed(tmp_path: Path) -> None:
+    class Wide(Classifier):
+        def __init__(self) -> None:
+            super().__init__(shuffle=False, dropout=0.0)
+            with pytest.warns(UserWarning, match="zero-element"):
+                self.extra = nn.Linear(0, 5)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return super().forward(inputs) + self.extra(inputs[:, :0])
+
+    whole, resumed = seeded(Wide), seeded(Wide)
+    fit(whole, tmp_path, overparam(3, seed=1), ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1))
+    fit(resumed, tmp_path, overparam(3, seed=1), ckpt=tmp_path / "epoch=0.ckpt")
+    assert same_tensors(whole.state_dict(), resumed.state_dict())
