@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -110,14 +111,15 @@ class SimulatedOverparam(Callback):
         # Layers may be made in the module's own hooks, which run after this one: then follow on the last of them.
         for hook in ("configure_model", "setup"):
             if is_overridden(hook, pl_module):
-
-                def then(original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-                    self._take_out_patches()
-                    original(*args, **kwargs)
-                    self._attach(trainer, pl_module)
-
-                self._patches.append(Patch(pl_module, hook, then))
+                self._patches.append(Patch(pl_module, hook, functools.partial(self._attach_after, trainer, pl_module)))
                 return
+        self._attach(trainer, pl_module)
+
+    def _attach_after(
+        self, trainer: Trainer, pl_module: LightningModule, hook: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> None:
+        self._take_out_patches()
+        hook(*args, **kwargs)
         self._attach(trainer, pl_module)
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
