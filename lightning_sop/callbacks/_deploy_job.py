@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -101,17 +102,17 @@ def proven_content(
     deployed = loads(dumps(content, export.format), export.target)
     averaged = AVERAGED in checkpoint
     recomputed = {} if averaged else _recomputed_weights(trainer)
-    twin, note = _copy_for(module, probe)
+    tolerance = default_tolerance(deployed.state_dict) if export.tolerance is None else export.tolerance
     proof = prove(
-        twin,
+        partial(plain_copy, module),
         load_as_lightning_does,
         reference=replace(content, state_dict=_reference_state(checkpoint["state_dict"], recomputed)),
         recomputed=recomputed,
         deployed=deployed,
         calls=probe.calls,
-        note=note,
+        tolerance=tolerance,
+        note=probe.missed,
     )
-    tolerance = default_tolerance(deployed.state_dict) if export.tolerance is None else export.tolerance
     proof.check(tolerance, export.target)
     names, remark = export.own_names.of(module, checkpoint["state_dict"], content)
     content = with_names(content, names)
@@ -126,17 +127,6 @@ def proven_content(
         tolerance=tolerance,
     )
     return replace(content, receipt=receipt)
-
-
-def _copy_for(module: pl.LightningModule, probe: ProbeRecorder) -> tuple[pl.LightningModule | None, str]:
-    """A copy to replay the probe in, or None and the reason."""
-    if not probe.calls:
-        return None, probe.missed
-    try:
-        return plain_copy(module), ""
-    except Exception as error:  # users keep what they like in their modules: handles, locks, graphs
-        reason = f"the module cannot be copied ({type(error).__name__}: {error})"
-        return None, f"{reason}: weights were compared, outputs were not"
 
 
 def _recomputed_weights(trainer: pl.Trainer) -> dict[str, Tensor]:

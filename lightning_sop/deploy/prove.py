@@ -2,62 +2,82 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from lightning_sop.deploy.content import DeployContent
 from lightning_sop.deploy.errors import CollapseError
 from lightning_sop.deploy.receipt import Proof
-from lightning_sop.deploy.replay import Call, compare, compare_weights, few_samples, replay
+from lightning_sop.deploy.replay import Call, Difference, compare, compare_weights, few_samples, replay
 from lightning_sop.deploy.weights import State
 
 Load = Callable[[nn.Module, DeployContent], None]
 
+_WEIGHTS_ONLY = "weights were compared, outputs were not"
+
 
 def prove(
-    module: nn.Module | None,
+    fresh: Callable[[], nn.Module],
     load: Load,
     *,
     reference: DeployContent,
     recomputed: Mapping[str, Tensor],
     deployed: DeployContent,
     calls: Sequence[Call],
+    tolerance: float,
     note: str = "",
 ) -> Proof:
     """Measure a deploy file's content against weights that come another way.
 
     Args:
-        module: A copy of the plain model, to be loaded into and run in evaluation mode; None if there is none.
+        fresh: Makes a copy of the plain model as it is now, to be loaded into and run in evaluation mode.
         load: Loads a content into the module as a user would, strictly.
         reference: The trained weights, with each one that a method trains recomputed from the method's own tensors.
         recomputed: These recomputed weights by plain name, in any dtype.
         deployed: What was read back from the file's bytes.
         calls: Recorded calls to answer with both.
-        note: Why there is no module, or no call.
+        tolerance: Largest relative difference of outputs; only if it is exceeded, it is seen whether they are repeatable.
+        note: Why there is no call.
 
     Raises:
         CollapseError: The content cannot be loaded into the plain model.
     """
     weights = compare_weights(recomputed, deployed.state_dict)
     weights = max(weights, compare_weights(_tensors(reference.state_dict), deployed.state_dict), key=_relative)
-    if module is None or not calls:
-        return Proof(weights, note=note or "no forward call was recorded: weights were compared, outputs were not")
-    _load(module, load, reference)
-    answers, failures = _answers(module, calls)
-    if not answers:
-        return Proof(weights, note="no recorded call could be compared: " + ("; ".join(failures) or "no float outputs"))
-    _load(module, load, deployed)
-    expected = [tensor for _, outputs in answers for tensor in outputs]
-    measured = [tensor for call, _ in answers for tensor in replay(module, call)]
-    outputs = compare(expected, measured, [f"output {index}" for index in range(len(expected))])
-    return Proof(weights, outputs, [call for call, _ in answers], "; ".join(failures))
+    if not calls:
+        return Proof(weights, note=note or f"no forward call was recorded: {_WEIGHTS_ONLY}")
+
+    try:
+        first = fresh()
+    except Exception as error:  # users keep what they like in their modules: handles, locks, graphs
+        return Proof(weights, note=f"the module cannot be copied ({type(error).__name__}: {error}): {_WEIGHTS_ONLY}")
+    # A module may keep state from call to call: hidden states, generators of its own. Each side begins with the same.
+    expected = _answers(_loaded(first, load, reference), calls)
+    del first
+    measured = _answers(_loaded(fresh(), load, deployed), calls)
+    if not expected.outputs:
+        reason = "; ".join(expected.failures) or "no float outputs"
+        return Proof(weights, note=f"no recorded call could be compared: {reason}")
+    outputs = _gap(expected, measured)
+    if outputs.exceeds(tolerance) and _gap(expected, _answers(_loaded(fresh(), load, reference), calls)).exceeds(tolerance):
+        return Proof(weights, note=f"outputs are not repeatable, the same weights give others each time: {_WEIGHTS_ONLY}")
+    return Proof(weights, outputs, expected.calls, "; ".join(expected.failures))
 
 
-def _answers(module: nn.Module, calls: Sequence[Call]) -> tuple[list[tuple[Call, list[Tensor]]], list[str]]:
-    """The calls that work outside a step, with their outputs, and why the others do not."""
-    answers: list[tuple[Call, list[Tensor]]] = []
-    failures: list[str] = []
+@dataclass(frozen=True)
+class _Answers:
+    """The calls that work outside a step, all of their outputs, and why the other calls do not."""
+
+    calls: list[Call] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+
+def _answers(module: nn.Module, calls: Sequence[Call]) -> _Answers:
+    found = _Answers()
     for whole in calls:
         reason = ""
         for call in (few_samples(whole), whole):  # a batch cannot always be cut: a graph's nodes are no samples
@@ -68,18 +88,27 @@ def _answers(module: nn.Module, calls: Sequence[Call]) -> tuple[list[tuple[Call,
             except Exception as error:  # the user's forward, outside of its step: anything may happen
                 reason = f"{whole.module or 'forward'} could not be replayed ({type(error).__name__}: {error})"
                 continue
-            answers += [(call, outputs)] if outputs else []
+            if outputs:
+                found.calls.append(call)
+                found.outputs.extend(outputs)
             reason = ""
             break
-        failures += [reason] if reason else []
-    return answers, failures
+        found.failures.extend([reason] if reason else [])
+    return found
 
 
-def _load(module: nn.Module, load: Load, content: DeployContent) -> None:
+def _gap(expected: _Answers, measured: _Answers) -> Difference:
+    if len(expected.outputs) != len(measured.outputs):  # a call works with one of the two only
+        return Difference(math.inf, math.inf, "number of outputs")
+    return compare(expected.outputs, measured.outputs, [f"output {index}" for index in range(len(expected.outputs))])
+
+
+def _loaded(module: nn.Module, load: Load, content: DeployContent) -> nn.Module:
     try:
         load(module, content)
     except RuntimeError as error:
         raise CollapseError(f"The deploy file's weights do not fit the plain model: {error}") from error
+    return module
 
 
 def _tensors(state: State) -> dict[str, Tensor]:

@@ -46,12 +46,19 @@ class Proof:
             CollapseError: A relative difference is above the tolerance.
         """
         outputs = self.outputs or NO_DIFFERENCE
-        if self.weights.exceeds(tolerance) or outputs.exceeds(tolerance):
+        wrong = self.weights.exceeds(tolerance)
+        if wrong or outputs.exceeds(tolerance):
+            what = (
+                "its weights are not those that were trained"
+                if wrong
+                else "with its weights, which are those that were trained up to rounding, the model gives other outputs"
+            )
             raise CollapseError(
-                f"{name} was refused: its weights are not those that were trained. Largest output difference "
+                f"{name} was refused: {what}. Largest output difference "
                 f"{outputs.absolute:.3g} (relative {outputs.relative:.3g}, tolerance {tolerance:.3g}); largest weight "
                 f"difference {self.weights.absolute:.3g} (relative {self.weights.relative:.3g}) in "
                 f"{self.weights.name or 'no tensor'!r}."
+                + (" If rounding explains it, allow it with a larger tolerance." if not wrong else "")
             )
 
 

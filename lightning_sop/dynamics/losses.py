@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -34,19 +35,18 @@ def loss_gap(
 
     Args:
         loss: of the network, on one batch; with the same random numbers in both calls, if it draws any.
-        network: a copy, which is left with the collapsed weights. Buffers are put back between the calls.
+        network: not modified, and the same for both: what it keeps from call to call is none of the difference.
         mixed: weights of the mix by parameter name.
         collapsed: collapsed weights of the same parameters.
 
     Returns:
         Both losses, without a graph.
     """
-    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
-    found = []
-    for weights in (mixed, collapsed):
+
+    def under(weights: Mapping[str, Tensor]) -> Tensor:
+        subject = copy.deepcopy(network)
         for name, weight in weights.items():
-            network.get_parameter(name).copy_(weight)
-        found.append(loss(network).detach())
-        for buffer, before in buffers:
-            buffer.copy_(before)
-    return LossGap(*found)
+            subject.get_parameter(name).copy_(weight)
+        return loss(subject).detach()
+
+    return LossGap(under(mixed), under(collapsed))

@@ -66,6 +66,57 @@ def test_a_batch_that_cannot_be_cut_is_replayed_whole(tmp_path):
     assert (receipt["output_difference"], receipt["note"]) == (0, "")
 
 
+class Remembers(Toy):
+    """Keeps a hidden state, as truncated backpropagation through time does, and draws from a generator of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.hidden = torch.nn.GRUCell(4, 4), None
+        self.own = torch.Generator().manual_seed(0)
+
+    def forward(self, x):
+        self.hidden = self.cell(x, self.hidden)
+        seen, self.hidden = self.hidden, self.hidden.detach()
+        return super().forward(seen + torch.randn(x.shape, generator=self.own))
+
+
+def test_what_a_model_keeps_from_call_to_call_is_no_difference(tmp_path):
+    fit(tmp_path, Kernels(), CollapseOnSave(), ModelCheckpoint(tmp_path, filename="x"), model=Remembers())
+    receipt = verify(tmp_path / "x.deploy.ckpt")
+    assert (receipt["output_difference"], receipt["note"]) == (0, "")
+    run = trainer(tmp_path, Kernels(error=0.25), CollapseOnSave(), ModelCheckpoint(tmp_path, filename="y"))
+    with pytest.raises(CollapseError, match=r"not those that were trained.*in 'head\.weight'"):
+        run.fit(Remembers(), data())
+
+
+class NeverTheSame(Toy):
+    calls = 0
+
+    def forward(self, x):
+        NeverTheSame.calls += 1  # of the class: a copy of the model does not bring it back
+        return super().forward(x) + NeverTheSame.calls
+
+
+def test_outputs_that_are_not_repeatable_are_not_compared(tmp_path):
+    fit(tmp_path, Kernels(), CollapseOnSave(), ModelCheckpoint(tmp_path, filename="x"), model=NeverTheSame())
+    receipt = verify(tmp_path / "x.deploy.ckpt")
+    assert receipt["output_difference"] is None
+    assert receipt["note"].startswith("outputs are not repeatable")
+
+
+class Rounds(Toy):
+    """A little rounding of its weights makes a large difference."""
+
+    def forward(self, x):
+        return super().forward(x) * 0 + self.head.weight.sum() * 1e4 % 1
+
+
+def test_the_error_says_whether_it_is_the_weights_or_the_outputs(tmp_path):
+    run = trainer(tmp_path, CollapseOnSave(dtype="float16"), ModelCheckpoint(tmp_path, filename="x"))
+    with pytest.raises(CollapseError, match=r"weights, which are those that were trained up to rounding.*other outputs"):
+        run.fit(Rounds(), data())
+
+
 class NeedsItsTrainer(Toy):
     def forward(self, x):
         return super().forward(x) / self.trainer.max_epochs

@@ -97,7 +97,7 @@ def test_the_state_of_sgd_without_momentum_has_no_norms():
     assert state_norms({"momentum_buffer": None}) == {}
 
 
-def test_losses_under_two_sets_of_weights_leave_buffers_alone():
+def test_losses_under_two_sets_of_weights_leave_the_network_alone():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
     inputs, targets = torch.randn(8, 3), torch.randn(8, 1)
@@ -113,10 +113,24 @@ def test_losses_under_two_sets_of_weights_leave_buffers_alone():
         network[1].reset_running_stats()
         expected.append(float(loss(network).detach()))
     network[1].reset_running_stats()
-    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    before = {name: value.clone() for name, value in network.state_dict().items()}
     found = loss_gap(loss, network, {"0.weight": mixed}, {"0.weight": collapsed})
     assert [float(found.mixed), float(found.collapsed)] == pytest.approx(expected)
     assert float(found.gap) == pytest.approx(expected[0] - expected[1])
     assert not found.mixed.requires_grad
-    assert all(torch.equal(buffer, before[name]) for name, buffer in network.named_buffers())
-    assert torch.equal(network[0].weight, collapsed)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_what_a_network_keeps_from_call_to_call_is_no_difference_between_losses():
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.hidden = nn.RNNCell(3, 4), None
+
+        def forward(self, x):
+            self.hidden = self.cell(x, self.hidden)
+            return self.hidden
+
+    network, inputs = Recurrent(), torch.randn(8, 3)
+    weights = {"cell.weight_ih": network.cell.weight_ih.detach().clone()}
+    assert loss_gap(lambda net: net(inputs).square().sum(), network, weights, weights).gap == 0
