@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_sop.deploy.alone import alone
 from lightning_sop.deploy.weights import State
 
 SAMPLES = 4  # what is kept of a batch
@@ -78,14 +79,14 @@ def few_samples(call: Call) -> Call | None:
 
 
 def replay(module: nn.Module, call: Call) -> list[Tensor]:
-    """Floating point outputs of a call in evaluation mode; no global random state is used up.
+    """Floating point outputs of a call in evaluation mode; no global random state is used up, no other process is asked.
 
     Inputs go to the device of the module's parameters, and those in half precision, as autocast leaves them, to their
     dtype.
     """
     module.eval()
     like = first_floating(module)
-    with torch.no_grad(), isolated_random_state(), warnings.catch_warnings():
+    with torch.no_grad(), isolated_random_state(), alone(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a module without a Trainer warns when its forward logs
         args, kwargs = map_tensors(lambda tensor: _fresh(tensor, like), (call.args, call.kwargs))
         answer = module.get_submodule(call.module)(*args, **kwargs)

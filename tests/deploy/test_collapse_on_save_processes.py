@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
 from deploy_toys import CompiledInside, Kernels, Toy, data, trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_sop.callbacks.collapse_on_save import CollapseOnSave
 from lightning_sop.callbacks.simulated_overparam import SimulatedOverparam
@@ -19,6 +22,10 @@ from lightning_sop.deploy import verify
 from lightning_sop.reparam import MajorityKernels
 
 HERE = Path(__file__).parent
+
+two_processes = pytest.mark.filterwarnings(
+    "ignore:.*fork.*:DeprecationWarning", "ignore:.*sync_dist.*", "ignore:Be aware that when using"
+)
 
 
 def overparam() -> SimulatedOverparam:
@@ -86,10 +93,10 @@ class Leave(Callback):
         dist.destroy_process_group()
 
 
-def fit_in_two_processes(folder, strategy):
+def fit_in_two_processes(folder, strategy, model=None):
     saves = ModelCheckpoint(folder, filename="x", save_last="link")
     run = trainer(folder, Kernels(), Noted(), saves, Leave(), devices=2, strategy=strategy)
-    run.fit(Toy(), data(), data())
+    run.fit(Toy() if model is None else model, data(), data())
 
 
 SCRIPT = """
@@ -99,7 +106,7 @@ fit_in_two_processes(*sys.argv[1:])
 """
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning", "ignore:.*sync_dist.*", "ignore:Be aware that when using")
+@two_processes
 @pytest.mark.parametrize("strategy", ["ddp", "ddp_fork", "ddp_spawn"])
 def test_two_processes_have_one_writer(tmp_path, strategy):
     if strategy == "ddp":
@@ -119,3 +126,44 @@ def test_two_processes_have_one_writer(tmp_path, strategy):
     # The step itself is the wrapper's forward under DDP: the recorded call is the model's own all the same.
     assert receipt["probe"] == [{"module": "", "shapes": [[4, 4]]}]
     assert receipt["output_difference"] == 0
+
+
+class AsksTheOthers(Toy):
+    """Its forward takes part in a collective, in training and in evaluation."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+
+    def forward(self, x):
+        return super().forward(x) + 0 * COLLECTIVES[self.how](x.detach().clone())
+
+
+def gathered(x):
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x)
+    return sum(parts).mean()
+
+
+def gathered_objects(x):
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, float(x.mean()))
+    return sum(parts)
+
+
+COLLECTIVES = {
+    "tensors": gathered,
+    "objects": gathered_objects,
+    "functional": lambda x: functional.all_reduce(x, "sum", dist.group.WORLD).mean(),
+    "barrier": lambda x: dist.barrier() or 0,
+}
+
+
+@two_processes
+@pytest.mark.parametrize("how", list(COLLECTIVES))
+def test_a_save_waits_for_no_other_process(tmp_path, how):
+    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo", timeout=timedelta(seconds=30))
+    fit_in_two_processes(tmp_path, strategy, AsksTheOthers(how))
+    receipt = verify(tmp_path / "x.deploy.ckpt")
+    assert (receipt["output_difference"], receipt["weight_difference"]) == (None, 0)
+    assert "forward could not be replayed" in receipt["note"] and "waits for other processes" in receipt["note"]
