@@ -100,10 +100,15 @@ def dumps(content: DeployContent, format: Format) -> bytes:
     loose = [name for name, value in content.state_dict.items() if not isinstance(value, Tensor)]
     if loose:
         raise CollapseError(f"safetensors holds tensors only, not {loose[0]!r} of the state_dict; use format='ckpt'.")
-    # safetensors refuses memory that two names share: each tied name gets its own copy.
-    tensors = {name: value.clone() for name, value in content.state_dict.items()}
     metadata = {RECEIPT: content.receipt, "hyper_parameters": content.hyper_parameters, "extras": content.extras}
-    return save_safetensors(tensors, {"format": "pt", **{key: json.dumps(value) for key, value in metadata.items()}})
+    texts = {"format": "pt", **{key: json.dumps(value) for key, value in metadata.items()}}
+    try:
+        return _as_safetensors(content.state_dict, texts)
+    except Exception as error:
+        raise CollapseError(
+            f"safetensors cannot hold {_first_unfit(content.state_dict)} of the state_dict ({type(error).__name__}: "
+            f"{_first_line(error)}); use format='ckpt'."
+        ) from error
 
 
 def loads(data: bytes, name: str) -> DeployContent:
@@ -168,6 +173,20 @@ def _load_safetensors(data: bytes, name: str) -> dict[str, Any]:
             "Copy it again, or write it anew from the training checkpoint with `lightning-sop collapse`."
         ) from error
     return {**entries.pop("extras", {}), **entries, "state_dict": state}
+
+
+def _as_safetensors(state: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    # safetensors refuses memory that two names share: each tied name gets its own copy.
+    return save_safetensors({name: value.clone() for name, value in state.items()}, metadata)
+
+
+def _first_unfit(state: Mapping[str, Tensor]) -> str:
+    for name, value in state.items():
+        try:
+            _as_safetensors({name: value})
+        except Exception:
+            return f"{name!r}, a tensor of {value.dtype} in layout {value.layout},".replace("torch.", "")
+    return "the tensors"
 
 
 def _without_instantiator(hyper_parameters: Mapping[str, Any]) -> dict[str, Any]:

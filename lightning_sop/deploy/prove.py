@@ -112,7 +112,8 @@ def _loaded(module: nn.Module, load: Load, content: DeployContent) -> nn.Module:
 
 
 def _tensors(state: State) -> dict[str, Tensor]:
-    return {name: value for name, value in state.items() if isinstance(value, Tensor) and value.is_floating_point()}
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    return {name: value for name, value in tensors.items() if value.is_floating_point() or value.is_complex()}
 
 
 def _relative(difference: tuple[float, float, str]) -> float:

@@ -8,12 +8,11 @@ from importlib import metadata
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from lightning_sop.deploy.content import LIGHTNING_VERSION, DeployContent
 from lightning_sop.deploy.errors import CollapseError
 from lightning_sop.deploy.replay import NO_DIFFERENCE, Call, Difference
-from lightning_sop.deploy.weights import coarsest_dtype, distinct, sha256
+from lightning_sop.deploy.weights import coarsest_dtype, sha256, size
 
 FORMAT_VERSION = 1
 
@@ -78,8 +77,8 @@ def make_receipt(
     tolerance: float,
 ) -> dict[str, Any]:
     """Put the receipt together (its entries are described in docs/deploy.md)."""
-    tensors: list[Tensor] = distinct(content.state_dict)
     outputs = proof.outputs
+    values, size_in_bytes = size(content.state_dict)
     return {
         "format_version": FORMAT_VERSION,
         "source": source,
@@ -88,8 +87,8 @@ def make_receipt(
         "epoch": epoch,
         "sha256": sha256(content.state_dict),
         "dtype": str(coarsest_dtype(content.state_dict)).removeprefix("torch."),
-        "values": sum(tensor.numel() for tensor in tensors),
-        "bytes": sum(tensor.nbytes for tensor in tensors),
+        "values": values,
+        "bytes": size_in_bytes,
         "output_difference": None if outputs is None else outputs.absolute,
         "output_difference_relative": None if outputs is None else outputs.relative,
         "weight_difference": proof.weights.absolute,

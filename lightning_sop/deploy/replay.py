@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sop.deploy.alone import alone
+from lightning_sop.deploy.parts import parts
 from lightning_sop.deploy.weights import State
 
 SAMPLES = 4  # what is kept of a batch
@@ -94,12 +95,13 @@ def replay(module: nn.Module, call: Call) -> list[Tensor]:
 
 
 def compare(reference: Sequence[Tensor], measured: Sequence[Tensor], names: Sequence[str]) -> Difference:
-    """Largest relative difference between tensors of equal shapes; NaN and infinity equal themselves."""
+    """Largest relative difference between tensors of equal shapes; NaN and infinity equal themselves, integers must."""
     worst = NO_DIFFERENCE
     for name, a, b in zip(names, reference, measured, strict=True):
-        if a.shape != b.shape:
+        exact = not (a.is_floating_point() or a.is_complex())
+        if a.shape != b.shape or (exact and not torch.equal(a.cpu(), b.cpu())):
             return Difference(math.inf, math.inf, name)
-        if not a.numel():
+        if exact or not a.numel():
             continue
         wide = torch.complex128 if a.is_complex() else torch.float64
         # Not on the device: some have no float64.
@@ -115,8 +117,16 @@ def compare(reference: Sequence[Tensor], measured: Sequence[Tensor], names: Sequ
 
 def compare_weights(reference: Mapping[str, Tensor], state: State) -> Difference:
     """Largest relative difference between reference weights and the state_dict's entries of these names."""
-    names = [name for name in reference if isinstance(state.get(name), Tensor)]
-    return compare([reference[name] for name in names], [state[name] for name in names], names)
+    names, ours, theirs = [], [], []
+    for name, tensor in reference.items():
+        if isinstance(state.get(name), Tensor):
+            pieces, others = parts(tensor), parts(state[name])
+            if len(pieces) != len(others):  # a sparse tensor against a dense one, say
+                return Difference(math.inf, math.inf, name)
+            names += [name] * len(pieces)
+            ours += pieces
+            theirs += others
+    return compare(ours, theirs, names)
 
 
 def first_floating(module: nn.Module) -> Tensor:

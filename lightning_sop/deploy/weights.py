@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_sop.deploy.errors import CollapseError
+from lightning_sop.deploy.parts import cpu_copy, equal, parts
+
 State = dict[str, Any]
 
 EXPORT_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -59,6 +62,9 @@ def export_state(state: Mapping[str, Any], *, dtype: torch.dtype | None = None, 
 
     Returns:
         Plain names and contiguous CPU tensors, none a view of something larger, so that the file holds each value once.
+
+    Raises:
+        CollapseError: A tensor is of a kind that cannot be copied; it is named.
     """
     first = {alias: group[0] for group in ties for alias in group}
     source = {plain_name(name): value for name, value in state.items()}
@@ -69,11 +75,17 @@ def export_state(state: Mapping[str, Any], *, dtype: torch.dtype | None = None, 
             exported[name] = value
             continue
         owner = source.get(first.get(name, name), value)
-        if owner is not value and not (owner.shape == value.shape and torch.equal(owner, value)):
-            owner = value
-        key = _memory(owner)
-        if key not in made:
-            made[key] = _copied(owner, dtype)
+        try:
+            if owner is not value and not equal(owner, value):
+                owner = value
+            key = _memory(owner)
+            if key not in made:
+                made[key] = cpu_copy(owner, dtype)
+        except Exception as error:  # tensors of any class, on any device
+            raise CollapseError(
+                f"{name!r} of the state_dict cannot be copied ({type(error).__name__}: {error}). If the deployed model can "
+                "do without it, register it with persistent=False."
+            ) from error
         exported[name] = made[key]
     return exported
 
@@ -92,6 +104,12 @@ def distinct(state: Mapping[str, Any]) -> list[Tensor]:
     return list({_memory(value): value for value in state.values() if isinstance(value, Tensor)}.values())
 
 
+def size(state: Mapping[str, Any]) -> tuple[int, int]:
+    """How many numbers a state_dict holds, and in how many bytes; shared ones once."""
+    pieces = [piece for tensor in distinct(state) for piece in parts(tensor)]
+    return sum(piece.numel() for piece in pieces), sum(piece.nbytes for piece in pieces)
+
+
 def coarsest_dtype(state: Mapping[str, Any]) -> torch.dtype:
     """The floating point dtype of least precision in a state_dict (float32, where there is none)."""
     found = {tensor.dtype for tensor in distinct(state) if tensor.is_floating_point()}
@@ -101,15 +119,16 @@ def coarsest_dtype(state: Mapping[str, Any]) -> torch.dtype:
 def _memory(tensor: Tensor) -> Any:
     if tensor.numel() == 0:
         return id(tensor)
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
-
-
-def _copied(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    target = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-    return torch.empty(tensor.shape, dtype=target).copy_(tensor.detach())
+    if tensor.layout is not torch.strided:
+        return tensor.shape, tensor.dtype, tensor.layout, *map(_memory, parts(tensor))
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.is_conj(), tensor.is_neg()
 
 
 def _digest(tensor: Tensor) -> str:
-    values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    header = f"{tensor.dtype}{list(tensor.shape)}".encode()
-    return hashlib.sha256(header + b":" + hashlib.sha256(values.data).digest()).hexdigest()
+    pieces = parts(tensor)
+    header = f"{tensor.dtype}{list(tensor.shape)}" + f"{tensor.layout}" * (len(pieces) > 1)
+    digest = hashlib.sha256(header.encode())
+    for piece in pieces:
+        values = piece.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest.update(b":" + hashlib.sha256(values.data).digest())
+    return digest.hexdigest()

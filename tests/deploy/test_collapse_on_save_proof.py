@@ -89,6 +89,33 @@ def test_what_a_model_keeps_from_call_to_call_is_no_difference(tmp_path):
         run.fit(Remembers(), data())
 
 
+class OnAGraph(Toy):
+    """Inputs go over the edges of a graph, which is a sparse buffer."""
+
+    def __init__(self, layout=torch.sparse_coo) -> None:
+        super().__init__()
+        self.register_buffer("edges", torch.eye(4).roll(1, 0).to_sparse(layout=layout))
+
+    def forward(self, x):
+        return super().forward((self.edges @ x.T).T)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")  # torch's own remarks
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_sparse_buffers(tmp_path, layout):
+    model = OnAGraph(layout)
+    fit(tmp_path, Kernels(), CollapseOnSave(), ModelCheckpoint(tmp_path, filename="x"), model=model)
+    receipt = verify(tmp_path / "x.deploy.ckpt")
+    # torch cannot copy a module that has a compressed one
+    assert (receipt["output_difference"], "cannot be copied" in receipt["note"]) in [(0, False), (None, True)]
+    assert receipt["weight_difference"] == 0
+    loaded = OnAGraph.load_from_checkpoint(tmp_path / "x.deploy.ckpt", layout=layout)
+    assert torch.equal(loaded.edges.to_dense(), model.edges.to_dense())
+    run = trainer(tmp_path, CollapseOnSave("safetensors"), ModelCheckpoint(tmp_path / "other", filename="x"))
+    with pytest.raises(CollapseError, match=r"'edges', a tensor of float32 in layout sparse.*format='ckpt'"):
+        run.fit(OnAGraph(layout), data())
+
+
 class NeverTheSame(Toy):
     calls = 0
 

@@ -77,6 +77,17 @@ def test_safetensors_refuses_entries_that_are_no_tensors(tmp_path):
         write(tmp_path / "x.safetensors", content)
 
 
+@pytest.mark.parametrize(
+    "tensor", [torch.eye(3).to_sparse(), torch.ones(3, dtype=torch.complex128)], ids=["sparse", "complex"]
+)
+def test_safetensors_refuses_tensors_that_it_cannot_hold_by_name(tmp_path, tensor):
+    content = content_of(Toy())
+    content.state_dict["graph"] = tensor
+    kind = f"{tensor.dtype}, {tensor.layout}".replace("torch.", "").replace(", ", ".*")
+    with pytest.raises(CollapseError, match=rf"'graph', a tensor of {kind}.*format='ckpt'"):
+        write(tmp_path / "x.safetensors", content)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_weights_changed_after_writing_are_noticed(tmp_path, format):
     content = content_of(Toy())

@@ -7,6 +7,8 @@ import torch
 from deploy_toys import Tied, Toy
 from torch import nn
 
+from lightning_sop.deploy.errors import CollapseError
+from lightning_sop.deploy.replay import compare_weights
 from lightning_sop.deploy.weights import (
     coarsest_dtype,
     distinct,
@@ -16,6 +18,7 @@ from lightning_sop.deploy.weights import (
     plain_name,
     sha256,
     shared_names,
+    size,
 )
 
 
@@ -78,6 +81,57 @@ def test_hash_knows_names_shapes_dtypes_and_bytes_and_nothing_else():
     others = [{"a": a, "c": b}, {"a": a.view(3, 2), "b": b}, {"a": a, "b": b.int()}, {"a": a + 1e-6, "b": b}]
     assert len({sha256(other) for other in [state, *others]}) == 5
     assert sha256({"scalar": torch.tensor(1.0), "flag": torch.tensor(True), "half": torch.ones(2).bfloat16()})
+
+
+SPECIAL = {
+    "coo": lambda: torch.eye(4).to_sparse(),
+    "not coalesced": lambda: torch.sparse_coo_tensor([[0, 0], [1, 1]], [1.0, 2.0], (2, 2)),
+    "empty": lambda: torch.sparse_coo_tensor(size=(3, 3)),
+    "csr": lambda: torch.eye(4).to_sparse_csr(),
+    "csc": lambda: torch.eye(4).to_sparse_csc(),
+    "bsr": lambda: torch.eye(4).to_sparse_bsr((2, 2)),
+    "quantized": lambda: torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8),
+    "by channel": lambda: torch.quantize_per_channel(torch.ones(4, 2), torch.ones(4), torch.zeros(4).int(), 0, torch.quint8),
+    "conjugated": lambda: torch.ones(3, dtype=torch.complex64).conj(),
+    "double complex": lambda: torch.ones(3, dtype=torch.complex128),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's own remarks on these kinds
+@pytest.mark.parametrize("kind", list(SPECIAL))
+def test_tensors_that_are_not_simply_numbers(kind):
+    tensor = SPECIAL[kind]()
+    exported = export_state({"a": tensor, "b": tensor.detach()})
+    file = io.BytesIO()
+    torch.save(exported, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    assert (loaded["a"].layout, loaded["a"].dtype, loaded["a"].shape) == (tensor.layout, tensor.dtype, tensor.shape)
+    assert sha256(exported) == sha256(loaded) == sha256({"a": tensor, "b": tensor})
+    assert compare_weights({"a": tensor}, loaded).absolute == 0
+    assert sha256(exported) != sha256({"a": torch.ones(tensor.shape), "b": torch.ones(tensor.shape)})
+    assert len(distinct(exported)) == 1 or not tensor._nnz()
+    assert size(exported)[1] > 0 or not tensor._nnz()
+
+
+def test_sparse_tensors_are_cast_and_compared_by_values_and_places():
+    tensor = torch.eye(4).to_sparse() / 3
+    cast = export_state({"a": tensor}, dtype=torch.bfloat16)
+    assert cast["a"].dtype is torch.bfloat16
+    assert 0 < compare_weights({"a": tensor}, cast).relative < 0.01
+    assert compare_weights({"a": tensor}, {"a": torch.eye(4).flip(0).to_sparse() / 3}).relative == float("inf")
+    assert compare_weights({"a": tensor}, {"a": tensor.to_dense()}).relative == float("inf")
+
+
+def test_a_conjugate_is_not_the_tensor_that_it_shares_memory_with():
+    tensor = torch.ones(3, dtype=torch.complex64) * 1j
+    exported = export_state({"a": tensor, "b": tensor.conj()})
+    assert torch.equal(exported["b"], -exported["a"])
+
+
+def test_a_tensor_that_cannot_be_copied_is_named():
+    with pytest.raises(CollapseError, match=r"'a' of the state_dict cannot be copied.*persistent=False"):
+        export_state({"a": torch.ones(3, device="meta")})
 
 
 def test_distinct_counts_shared_memory_once():
