@@ -21,7 +21,8 @@ from lightning_sop.deploy.content import AVERAGED, DeployContent, dumps, from_ch
 from lightning_sop.deploy.names import Format
 from lightning_sop.deploy.own_names import OwnNames, with_names
 from lightning_sop.deploy.prove import prove
-from lightning_sop.deploy.receipt import default_tolerance, make_receipt
+from lightning_sop.deploy.receipt import make_receipt
+from lightning_sop.deploy.tolerance import Tolerance
 from lightning_sop.deploy.weights import State, plain_name, shared_names
 
 
@@ -102,11 +103,13 @@ def proven_content(
     deployed = loads(dumps(content, export.format), export.target)
     averaged = AVERAGED in checkpoint
     recomputed = {} if averaged else _recomputed_weights(trainer)
-    tolerance = default_tolerance(deployed.state_dict) if export.tolerance is None else export.tolerance
+    reference = replace(content, state_dict=_reference_state(checkpoint["state_dict"], recomputed))
+    parameters = {plain_name(name) for name, _ in module.named_parameters()}
+    tolerance = Tolerance(export.tolerance, reference.state_dict, deployed.state_dict, parameters=parameters)
     proof = prove(
         partial(plain_copy, module),
         load_as_lightning_does,
-        reference=replace(content, state_dict=_reference_state(checkpoint["state_dict"], recomputed)),
+        reference=reference,
         recomputed=recomputed,
         deployed=deployed,
         calls=probe.calls,

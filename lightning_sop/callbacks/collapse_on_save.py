@@ -47,8 +47,8 @@ class CollapseOnSave(Callback):
             that are no longer best or last are removed.
         keep_training_file: False removes the training checkpoint once its deploy file is written; training cannot
             resume from it then.
-        tolerance: Largest relative difference of outputs and weights that is accepted; None takes 1e-4, or for weights
-            in float16 2e-2 and in bfloat16 1e-1.
+        tolerance: Largest relative difference of outputs and weights that is accepted; None takes 1e-4, for weights in
+            float16 2e-2 and in bfloat16 1e-1, and for outputs what the coarsest of the parameters has.
         on_mismatch: ``"raise"`` a :class:`~lightning_sop.deploy.CollapseError` where it is exceeded, or ``"warn"``. The
             training checkpoint is kept and no deploy file is written either way.
         log_artifact: With a WandbLogger, log deploy files as artifacts of W&B, with their receipts as metadata: True those

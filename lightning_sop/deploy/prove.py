@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from lightning_sop.deploy.content import DeployContent
 from lightning_sop.deploy.errors import CollapseError
 from lightning_sop.deploy.receipt import Proof
-from lightning_sop.deploy.replay import Call, Difference, compare, compare_weights, few_samples, replay
+from lightning_sop.deploy.replay import Call, Difference, compare, few_samples, replay
+from lightning_sop.deploy.tolerance import Tolerance, compare_weights
 from lightning_sop.deploy.weights import State
 
 Load = Callable[[nn.Module, DeployContent], None]
@@ -27,7 +28,7 @@ def prove(
     recomputed: Mapping[str, Tensor],
     deployed: DeployContent,
     calls: Sequence[Call],
-    tolerance: float,
+    tolerance: Tolerance,
     note: str = "",
 ) -> Proof:
     """Measure a deploy file's content against weights that come another way.
@@ -39,14 +40,14 @@ def prove(
         recomputed: These recomputed weights by plain name, in any dtype.
         deployed: What was read back from the file's bytes.
         calls: Recorded calls to answer with both.
-        tolerance: Largest relative difference of outputs; only if it is exceeded, it is seen whether they are repeatable.
+        tolerance: Of outputs and weights; only if that of outputs is exceeded, it is seen whether they are repeatable.
         note: Why there is no call.
 
     Raises:
         CollapseError: The content cannot be loaded into the plain model.
     """
-    weights = compare_weights(recomputed, deployed.state_dict)
-    weights = max(weights, compare_weights(_tensors(reference.state_dict), deployed.state_dict), key=_relative)
+    sides = (recomputed, _tensors(reference.state_dict))
+    weights = max((compare_weights(side, deployed.state_dict, tolerance) for side in sides), key=tolerance.used)
     if not calls:
         return Proof(weights, note=note or f"no forward call was recorded: {_WEIGHTS_ONLY}")
 
@@ -62,7 +63,8 @@ def prove(
         reason = "; ".join(expected.failures) or "no float outputs"
         return Proof(weights, note=f"no recorded call could be compared: {reason}")
     outputs = _gap(expected, measured)
-    if outputs.exceeds(tolerance) and _gap(expected, _answers(_loaded(fresh(), load, reference), calls)).exceeds(tolerance):
+    allowed = tolerance.outputs
+    if outputs.exceeds(allowed) and _gap(expected, _answers(_loaded(fresh(), load, reference), calls)).exceeds(allowed):
         return Proof(weights, note=f"outputs are not repeatable, the same weights give others each time: {_WEIGHTS_ONLY}")
     return Proof(weights, outputs, expected.calls, "; ".join(expected.failures))
 
@@ -114,7 +116,3 @@ def _loaded(module: nn.Module, load: Load, content: DeployContent) -> nn.Module:
 def _tensors(state: State) -> dict[str, Tensor]:
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     return {name: value for name, value in tensors.items() if value.is_floating_point() or value.is_complex()}
-
-
-def _relative(difference: tuple[float, float, str]) -> float:
-    return difference[1]

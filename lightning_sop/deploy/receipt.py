@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, Literal
@@ -12,14 +12,12 @@ import torch
 from lightning_sop.deploy.content import LIGHTNING_VERSION, DeployContent
 from lightning_sop.deploy.errors import CollapseError
 from lightning_sop.deploy.replay import NO_DIFFERENCE, Call, Difference
+from lightning_sop.deploy.tolerance import Tolerance
 from lightning_sop.deploy.weights import coarsest_dtype, sha256, size
 
 FORMAT_VERSION = 1
 
 Source = Literal["kernels", "averaged", "plain"]
-
-# Relative to the largest value of a tensor. Rounding weights costs half an epsilon each; a deep network adds it up.
-_TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass(frozen=True)
@@ -38,15 +36,16 @@ class Proof:
     calls: Sequence[Call] = ()
     note: str = ""
 
-    def check(self, tolerance: float, name: str) -> None:
+    def check(self, tolerance: Tolerance, name: str) -> None:
         """Refuse a file whose weights or outputs are too far from the reference.
 
         Raises:
             CollapseError: A relative difference is above the tolerance.
         """
         outputs = self.outputs or NO_DIFFERENCE
-        wrong = self.weights.exceeds(tolerance)
-        if wrong or outputs.exceeds(tolerance):
+        of_weights = tolerance.of(self.weights.name)
+        wrong = self.weights.exceeds(of_weights)
+        if wrong or outputs.exceeds(tolerance.outputs):
             what = (
                 "its weights are not those that were trained"
                 if wrong
@@ -54,16 +53,11 @@ class Proof:
             )
             raise CollapseError(
                 f"{name} was refused: {what}. Largest output difference "
-                f"{outputs.absolute:.3g} (relative {outputs.relative:.3g}, tolerance {tolerance:.3g}); largest weight "
-                f"difference {self.weights.absolute:.3g} (relative {self.weights.relative:.3g}) in "
-                f"{self.weights.name or 'no tensor'!r}."
+                f"{outputs.absolute:.3g} (relative {outputs.relative:.3g}, tolerance {tolerance.outputs:.3g}); "
+                f"largest weight difference {self.weights.absolute:.3g} (relative {self.weights.relative:.3g}, tolerance "
+                f"{of_weights:.3g}) in {self.weights.name or 'no tensor'!r}."
                 + (" If rounding explains it, allow it with a larger tolerance." if not wrong else "")
             )
-
-
-def default_tolerance(state: Mapping[str, Any]) -> float:
-    """Relative difference that the rounding of a state_dict's coarsest dtype explains."""
-    return _TOLERANCES.get(coarsest_dtype(state), 1e-1)
 
 
 def make_receipt(
@@ -74,7 +68,7 @@ def make_receipt(
     training_file: str,
     step: int | None,
     epoch: int | None,
-    tolerance: float,
+    tolerance: Tolerance,
 ) -> dict[str, Any]:
     """Put the receipt together (its entries are described in docs/deploy.md)."""
     outputs = proof.outputs
@@ -94,7 +88,8 @@ def make_receipt(
         "weight_difference": proof.weights.absolute,
         "weight_difference_relative": proof.weights.relative,
         "weight_difference_name": proof.weights.name,
-        "tolerance": tolerance,
+        "tolerance": tolerance.outputs,
+        "weight_tolerance": tolerance.of(proof.weights.name),
         "probe": [{"module": call.module, "shapes": call.shapes} for call in proof.calls],
         "note": proof.note,
         "omitted": list(content.omitted),

@@ -17,8 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sop.deploy.alone import alone
-from lightning_sop.deploy.parts import parts
-from lightning_sop.deploy.weights import State
 
 SAMPLES = 4  # what is kept of a batch
 MAX_BYTES = 8 * 2**20  # largest inputs that are kept whole where they cannot be cut
@@ -113,20 +111,6 @@ def compare(reference: Sequence[Tensor], measured: Sequence[Tensor], names: Sequ
         if relative > worst.relative or not worst.name:
             worst = Difference(absolute, relative, name)
     return worst
-
-
-def compare_weights(reference: Mapping[str, Tensor], state: State) -> Difference:
-    """Largest relative difference between reference weights and the state_dict's entries of these names."""
-    names, ours, theirs = [], [], []
-    for name, tensor in reference.items():
-        if isinstance(state.get(name), Tensor):
-            pieces, others = parts(tensor), parts(state[name])
-            if len(pieces) != len(others):  # a sparse tensor against a dense one, say
-                return Difference(math.inf, math.inf, name)
-            names += [name] * len(pieces)
-            ours += pieces
-            theirs += others
-    return compare(ours, theirs, names)
 
 
 def first_floating(module: nn.Module) -> Tensor:

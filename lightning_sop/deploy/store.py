@@ -14,8 +14,9 @@ from lightning_sop.deploy.errors import DeployFileError
 from lightning_sop.deploy.files import Path, read_bytes, write_atomically
 from lightning_sop.deploy.names import Format, format_of
 from lightning_sop.deploy.own_names import STRIPPED, compiled_names, with_names
-from lightning_sop.deploy.receipt import FORMAT_VERSION, Proof, default_tolerance, make_receipt
-from lightning_sop.deploy.replay import NO_DIFFERENCE, compare_weights
+from lightning_sop.deploy.receipt import FORMAT_VERSION, Proof, make_receipt
+from lightning_sop.deploy.replay import NO_DIFFERENCE
+from lightning_sop.deploy.tolerance import Tolerance, compare_weights
 from lightning_sop.deploy.weights import equal_names, export_dtype, plain_name, sha256
 
 
@@ -117,8 +118,9 @@ def collapse_file(source: Path, target: Path, dtype: str | None = None, keep_com
     ties = equal_names(checkpoint["state_dict"])
     content = from_checkpoint(checkpoint, format=format, dtype=export_dtype(dtype), ties=ties)
     averaged, forms = AVERAGED in checkpoint, _collapsed_from_callbacks(checkpoint)
-    weights = compare_weights(forms, content.state_dict) if forms and not averaged else NO_DIFFERENCE
-    tolerance = default_tolerance(content.state_dict)
+    trained = {plain_name(key): value for key, value in checkpoint["state_dict"].items()}
+    tolerance = Tolerance(None, trained, content.state_dict)
+    weights = NO_DIFFERENCE if averaged else compare_weights(forms, content.state_dict, tolerance)
     compiled = compiled_names(checkpoint["state_dict"])
     stripped = f"; {STRIPPED}" if compiled and not keep_compiled_names else ""
     proof = Proof(weights, note=f"made from a training checkpoint: no forward was replayed{stripped}")

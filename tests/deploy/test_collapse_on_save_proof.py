@@ -144,6 +144,20 @@ def test_the_error_says_whether_it_is_the_weights_or_the_outputs(tmp_path):
         run.fit(Rounds(), data())
 
 
+class Flagged(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("flags", torch.ones(4, dtype=torch.bfloat16))
+
+
+def test_a_buffer_in_low_precision_does_not_loosen_the_proof(tmp_path):
+    fit(tmp_path, CollapseOnSave(), ModelCheckpoint(tmp_path, filename="x"), model=Flagged())
+    assert verify(tmp_path / "x.deploy.ckpt")["tolerance"] == 1e-4
+    run = trainer(tmp_path, Kernels(error=0.01), CollapseOnSave(), ModelCheckpoint(tmp_path, filename="y"))
+    with pytest.raises(CollapseError, match=r"tolerance 0.0001\) in 'head\.weight'"):
+        run.fit(Flagged(), data())
+
+
 class NeedsItsTrainer(Toy):
     def forward(self, x):
         return super().forward(x) / self.trainer.max_epochs

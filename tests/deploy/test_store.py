@@ -21,6 +21,7 @@ from lightning_sop.deploy import (
 )
 from lightning_sop.deploy.content import from_checkpoint
 from lightning_sop.deploy.receipt import Proof, make_receipt
+from lightning_sop.deploy.tolerance import Tolerance
 
 FORMATS = ["ckpt", "safetensors"]
 
@@ -32,7 +33,8 @@ def checkpoint(model, **entries):
 
 def content_of(model, **entries) -> DeployContent:
     content = from_checkpoint(checkpoint(model, **entries))
-    receipt = make_receipt(content, Proof(), source="plain", training_file="x.ckpt", step=3, epoch=1, tolerance=1e-4)
+    about = {"source": "plain", "training_file": "x.ckpt", "step": 3, "epoch": 1, "tolerance": Tolerance(1e-4)}
+    receipt = make_receipt(content, Proof(), **about)
     return replace(content, receipt=receipt)
 
 

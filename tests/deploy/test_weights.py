@@ -8,7 +8,8 @@ from deploy_toys import Tied, Toy
 from torch import nn
 
 from lightning_sop.deploy.errors import CollapseError
-from lightning_sop.deploy.replay import compare_weights
+from lightning_sop.deploy.replay import Difference
+from lightning_sop.deploy.tolerance import Tolerance, compare_weights
 from lightning_sop.deploy.weights import (
     coarsest_dtype,
     distinct,
@@ -97,6 +98,10 @@ SPECIAL = {
 }
 
 
+def against(tensor, state) -> Difference:
+    return compare_weights({"a": tensor}, state, Tolerance(None, {"a": tensor}, state))
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch's own remarks on these kinds
 @pytest.mark.parametrize("kind", list(SPECIAL))
 def test_tensors_that_are_not_simply_numbers(kind):
@@ -108,7 +113,7 @@ def test_tensors_that_are_not_simply_numbers(kind):
     loaded = torch.load(file, weights_only=True)
     assert (loaded["a"].layout, loaded["a"].dtype, loaded["a"].shape) == (tensor.layout, tensor.dtype, tensor.shape)
     assert sha256(exported) == sha256(loaded) == sha256({"a": tensor, "b": tensor})
-    assert compare_weights({"a": tensor}, loaded).absolute == 0
+    assert against(tensor, loaded).absolute == 0
     assert sha256(exported) != sha256({"a": torch.ones(tensor.shape), "b": torch.ones(tensor.shape)})
     assert len(distinct(exported)) == 1 or not tensor._nnz()
     assert size(exported)[1] > 0 or not tensor._nnz()
@@ -118,9 +123,9 @@ def test_sparse_tensors_are_cast_and_compared_by_values_and_places():
     tensor = torch.eye(4).to_sparse() / 3
     cast = export_state({"a": tensor}, dtype=torch.bfloat16)
     assert cast["a"].dtype is torch.bfloat16
-    assert 0 < compare_weights({"a": tensor}, cast).relative < 0.01
-    assert compare_weights({"a": tensor}, {"a": torch.eye(4).flip(0).to_sparse() / 3}).relative == float("inf")
-    assert compare_weights({"a": tensor}, {"a": tensor.to_dense()}).relative == float("inf")
+    assert 0 < against(tensor, cast).relative < 0.01
+    assert against(tensor, {"a": torch.eye(4).flip(0).to_sparse() / 3}).relative == float("inf")
+    assert against(tensor, {"a": tensor.to_dense()}).relative == float("inf")
 
 
 def test_a_conjugate_is_not_the_tensor_that_it_shares_memory_with():
@@ -143,3 +148,19 @@ def test_unknown_dtype():
     assert export_dtype(None) is None
     with pytest.raises(ValueError, match=r"'int8' is unknown.*'bfloat16', 'float16', 'float32'"):
         export_dtype("int8")
+
+
+def test_each_weight_has_the_tolerance_of_its_own_dtype():
+    trained = {"a": torch.ones(3), "flags": torch.ones(3).bfloat16(), "half": torch.ones(3).half()}
+    tolerance = Tolerance(None, trained, parameters=["a"])
+    assert (tolerance.of("a"), tolerance.of("half"), tolerance.of("flags"), tolerance.outputs) == (1e-4, 2e-2, 1e-1, 1e-4)
+    off = {"a": trained["a"] * 1.001, "flags": trained["flags"] * 1.05, "half": trained["half"]}
+    worst = compare_weights(trained, off, tolerance)
+    assert worst.name == "a" and worst.exceeds(tolerance.of("a"))
+    assert compare_weights(trained, {**off, "a": trained["a"]}, tolerance).name == "flags"
+
+
+def test_the_coarser_of_the_trained_and_the_deployed_weight_counts():
+    half, single = {"a": torch.ones(3).bfloat16()}, {"a": torch.ones(3)}
+    assert Tolerance(None, half, single).of("a") == Tolerance(None, single, half).outputs == 1e-1
+    assert Tolerance(0.0, half, single).of("a") == Tolerance(0.0, half).outputs == 0
