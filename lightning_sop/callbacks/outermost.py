@@ -30,8 +30,9 @@ class OutermostCalls:
         self._depth = 0
         self._handles: list[RemovableHandle] = []
         for path, module in modules:
-            self._handles.append(module.register_forward_pre_hook(_Before(self, path), with_kwargs=True))
-            self._handles.append(module.register_forward_hook(_After(self, path), always_call=True))
+            # nn.Module's own: scripted modules refuse hooks, since TorchScript does not save them, and yet call them.
+            self._handles.append(nn.Module.register_forward_pre_hook(module, _Before(self, path), with_kwargs=True))
+            self._handles.append(nn.Module.register_forward_hook(module, _After(self, path), always_call=True))
 
     def remove(self) -> None:
         """Stop watching."""

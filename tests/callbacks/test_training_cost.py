@@ -203,6 +203,20 @@ def test_a_step_that_takes_the_batch_alone(tmp_path: Path) -> None:
     assert found.flops == 8 * flops_of_batch(8) and not found.ledger.training().estimated
 
 
+class Scripted(NeedsTrainer):
+    """A part of it is TorchScript."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.net = torch.jit.script(self.net)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated:DeprecationWarning")
+def test_scripted_parts_are_listened_to(tmp_path: Path) -> None:
+    plain, scripted = (costs(fit(seeded(model), tmp_path, cost())) for model in (NeedsTrainer, Scripted))
+    assert scripted.flops == plain.flops > 0
+
+
 class Freezing(Callback):
     """Freezes the first two layers in the second epoch."""
 

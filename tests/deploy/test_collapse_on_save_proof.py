@@ -158,6 +158,21 @@ def test_a_buffer_in_low_precision_does_not_loosen_the_proof(tmp_path):
         run.fit(Flagged(), data())
 
 
+class Scripted(NoForward):
+    """A part of it is TorchScript, which its step calls directly."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__(width)
+        self.net = torch.jit.script(self.net)
+
+
+def test_scripted_parts_are_heard_and_replayed(tmp_path):
+    fit(tmp_path, Kernels(), CollapseOnSave(), ModelCheckpoint(tmp_path, filename="x"), model=Scripted())
+    receipt = verify(tmp_path / "x.deploy.ckpt")
+    assert [call["module"] for call in receipt["probe"]] == ["net", "head"]
+    assert (receipt["output_difference"], receipt["note"]) == (0, "")
+
+
 class NeedsItsTrainer(Toy):
     def forward(self, x):
         return super().forward(x) / self.trainer.max_epochs
