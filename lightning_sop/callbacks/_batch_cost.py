@@ -10,6 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_sop.callbacks._growing_run import silent
 from lightning_sop.callbacks._plain_copy import plain_copy
@@ -62,7 +63,9 @@ class BatchCost:
 
     def before(self, trainer: Trainer, module: LightningModule, batch: Any, index: int) -> None:
         """A batch is to come: see to it that its cost can be told when it is done."""
-        if self.of(trainer, module, batch, index) is None and self._listener is None and _whole(trainer):
+        # Lazy layers get their shapes in the first batch: whether its cost can be counted on a copy is seen afterwards.
+        unknown = (self._network is None and _lazy(module)) or self.of(trainer, module, batch, index) is None
+        if unknown and self._listener is None and _whole(trainer):
             self._listener = _Listener(module)
 
     def after(self, trainer: Trainer, module: LightningModule, batch: Any, index: int, passes: int = 1) -> Cost:
@@ -120,7 +123,7 @@ class BatchCost:
 
     def _known_of(self, module: nn.Module) -> dict[Shapes, Cost]:
         if self._network is None:
-            self._network = hash(tuple((tuple(p.shape), p.requires_grad) for p in module.parameters()))
+            self._network = hash(tuple((tuple(p.shape), p.requires_grad) for p in _initialized(module)))
         return self._known.setdefault(self._network, {})
 
 
@@ -174,6 +177,15 @@ def _whole(trainer: Trainer) -> bool:
     return True
 
 
+def _lazy(module: nn.Module) -> bool:
+    return any(is_lazy(tensor) for tensor in (*module.parameters(), *module.buffers()))
+
+
+def _initialized(module: nn.Module) -> list[nn.Parameter]:
+    """Its parameters, but for those of lazy layers that have not been called yet."""
+    return [parameter for parameter in module.parameters() if not is_lazy(parameter)]
+
+
 def _answer(network: LightningModule, call: Call) -> Any:
     args, kwargs = map_tensors(torch.Tensor.clone, (call.args, call.kwargs))
     return network.get_submodule(call.module)(*args, **kwargs)
@@ -181,4 +193,4 @@ def _answer(network: LightningModule, call: Call) -> Any:
 
 def _estimated(network: nn.Module, batch: Any) -> Cost:
     samples = next((tensor.shape[0] for tensor in tensors_in(batch) if tensor.dim()), 1)
-    return Cost(estimated_flops(sum(p.numel() for p in network.parameters()), samples).total, True)
+    return Cost(estimated_flops(sum(p.numel() for p in _initialized(network)), samples).total, True)

@@ -217,6 +217,26 @@ def test_scripted_parts_are_listened_to(tmp_path: Path) -> None:
     assert scripted.flops == plain.flops > 0
 
 
+class Lazy(Growable):
+    """Its layers learn from the first batch how wide their inputs are."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.net[0], self.net[1], self.net[-1] = nn.LazyLinear(8), nn.LazyBatchNorm1d(), nn.LazyLinear(5)
+        self.unused = nn.LazyLinear(3)
+
+
+class LazyInTrainer(Lazy, NeedsTrainer):
+    pass
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new:UserWarning", "ignore:.* UninitializedParameter:UserWarning")
+def test_lazy_layers(tmp_path: Path) -> None:
+    assert costs(fit(seeded(Lazy), tmp_path, cost(), num_sanity_val_steps=0)).flops == 8 * flops_of_batch(8)
+    heard, plain = (fit(seeded(kind), tmp_path, cost(), num_sanity_val_steps=0) for kind in (LazyInTrainer, NeedsTrainer))
+    assert costs(heard).flops == costs(plain).flops > 0
+
+
 class Freezing(Callback):
     """Freezes the first two layers in the second epoch."""
 
