@@ -88,10 +88,15 @@ def matched_factors(
         The multipliers, and the boosts of a warm-up (:mod:`lightning_sop.growth.warm_up`).
     """
     module, tensors = trainer.lightning_module, fused.state_dict()
-    gradient = gradient_of_step(fused, module, batch, index)
-    if not trainer.strategy.reduce_boolean_decision(gradient is not None, all=True) or gradient is None:
+    gradient, reason = {}, ""
+    try:
+        gradient = gradient_of_step(fused, module, batch, index)
+    except Exception as error:  # the user's step, outside of its Trainer: anything may happen
+        reason = f"{type(error).__name__}: {error}"
+    if not trainer.strategy.reduce_boolean_decision(not reason, all=True):
         rank_zero_info(
-            "DeepFusionGrow: training_step gives no loss outside of its Trainer, so the learning rates stay as they are."
+            "DeepFusionGrow: training_step gives no gradient outside of its Trainer "
+            f"({reason or 'in another process'}), so the learning rates stay as they are."
         )
         return {}, {}
     mean = mean_over_ranks(trainer)
@@ -113,14 +118,17 @@ def matched_factors(
     return (whole, boosts_of(whole, alone)) if fusion.op.copies_only else (alone, {})
 
 
-def gradient_of_step(network: LightningModule, module: LightningModule, batch: Any, index: int) -> dict[str, Tensor] | None:
-    """The gradient of a training step's loss; None where the step does not work outside of a Trainer.
+def gradient_of_step(network: LightningModule, module: LightningModule, batch: Any, index: int) -> dict[str, Tensor]:
+    """The gradient of a training step's loss.
 
     Args:
         network: computes it, without dropout; normalizes by the batch where ``module`` does so.
         module: the module in training.
         batch: as for a training step.
         index: of the batch.
+
+    Raises:
+        Exception: the step does not work outside of a Trainer.
     """
     named = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
     training = {plain_name(path): part.training for path, part in module.named_modules()}
@@ -128,12 +136,9 @@ def gradient_of_step(network: LightningModule, module: LightningModule, batch: A
     for path, part in network.named_modules():
         if isinstance(part, _BatchNorm):
             part.train(training.get(path, True))
-    try:
-        with silent(), isolated_random_state(), torch.enable_grad():
-            loss = loss_of_step(network, batch, index)
-            values = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-    except Exception:  # the user's step, outside of its Trainer: anything may happen
-        return None
+    with silent(), isolated_random_state(), torch.enable_grad():
+        loss = loss_of_step(network, batch, index)
+        values = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     return {n: torch.zeros_like(p) if v is None else v for (n, p), v in zip(named.items(), values, strict=True)}
 
 

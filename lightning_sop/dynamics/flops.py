@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.module_tracker import ModuleTracker
 
 
 class Flops(NamedTuple):
@@ -43,7 +44,19 @@ def estimated_flops(parameters: int, samples: int = 1) -> Flops:
 
 def flop_counter() -> FlopCounterMode:
     """The counter of torch, without its table, and with attention and recurrent layers on every device."""
-    return FlopCounterMode(display=False, custom_mapping=dict(_further_operations()))
+    counter = FlopCounterMode(display=False, custom_mapping=dict(_further_operations()))
+    counter.mod_tracker = _NoModules()
+    return counter
+
+
+class _NoModules(ModuleTracker):
+    """Counts nothing by module: the hooks for that fail in ``autograd.grad`` where a parameter is a module's input."""
+
+    def __enter__(self) -> _NoModules:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        pass
 
 
 def _further_operations() -> Iterator[tuple[Any, Callable[..., int]]]:

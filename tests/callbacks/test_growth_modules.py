@@ -98,6 +98,38 @@ class Parts(Growable):
         return self.listed[1](hidden.view(-1, self.width))
 
 
+class Positions(Growable):
+    """A parameter goes into a module, as the embedding of positions into dropout."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__(width)
+        self.positions, self.drop = nn.Parameter(torch.randn(1, width) * 0.1), nn.Dropout(0.1)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.net[1:](self.net[0](inputs) + self.drop(self.positions))
+
+
+class Normed(Growable):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__(width)
+        self.net[4] = nn.utils.parametrizations.weight_norm(self.net[4])
+
+
+@pytest.mark.parametrize("build", [Positions, Normed])
+@pytest.mark.parametrize("options", [{}, {"width": 20, "widen": "gradmax"}], ids=["copies", "gradmax"])
+def test_parameters_that_go_into_modules_have_gradients_too(build: Any, options: dict[str, Any], tmp_path: Path) -> None:
+    event = grow(4, **options)
+    run = fit(seeded(build), tmp_path, event, max_epochs=2)
+    event = next(callback for callback in run.callbacks if isinstance(callback, DeepFusionGrow))
+    assert event.grown_at == 4
+    assert event._factors  # by learning_rate="match"
+
+
+def test_why_learning_rates_stay_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fit(seeded(ManualGrowable), tmp_path, grow(4), max_epochs=2)
+    assert "training_step gives no gradient outside of its Trainer (RuntimeError: " in caplog.text
+
+
 class WithHparams(pl.LightningModule):
     """Takes all hyper-parameters as one argument."""
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_sop.dynamics.cost import CHECKS, GROWTH, VALIDATION, Clock, Ledger, Phase, stage_name
-from lightning_sop.dynamics.flops import estimated_flops, flops_of
+from lightning_sop.dynamics.flops import estimated_flops, flop_counter, flops_of
 
 # ---------------------------------------------------------------------- FLOPs
 
@@ -34,6 +34,15 @@ def test_a_network_of_two_layers() -> None:
     found = flops_of(lambda: network(torch.randn(16, 10)).sum())
     assert found == (2 * first + 3 * second, first + second)
     assert flops_of(lambda: network(torch.randn(16, 10))[0, 0]).forward == first + second
+
+
+def test_gradients_can_be_asked_for_where_a_parameter_goes_into_a_module() -> None:
+    weight, dropout = nn.Parameter(torch.ones(3, 4)), nn.Dropout(0.0)
+    data = torch.randn(5, 4)
+    with flop_counter() as counter:
+        (gradient,) = torch.autograd.grad((data @ dropout(weight).T).sum(), [weight])
+    torch.testing.assert_close(gradient, data.sum(0).expand(3, 4))
+    assert counter.get_total_flops() == 2 * 2 * 5 * 4 * 3
 
 
 def test_a_convolution() -> None:
