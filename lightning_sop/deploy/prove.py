@@ -58,7 +58,8 @@ def prove(
     # A module may keep state from call to call: hidden states, generators of its own. Each side begins with the same.
     expected = _answers(_loaded(first, load, reference), calls)
     del first
-    measured = _answers(_loaded(fresh(), load, deployed), calls)
+    left_out = [name for name in reference.state_dict if name not in deployed.state_dict]
+    measured = _answers(_loaded(fresh(), load, deployed, left_out), calls)
     if not expected.outputs:
         reason = "; ".join(expected.failures) or "no float outputs"
         return Proof(weights, note=f"no recorded call could be compared: {reason}")
@@ -105,11 +106,17 @@ def _gap(expected: _Answers, measured: _Answers) -> Difference:
     return compare(expected.outputs, measured.outputs, [f"output {index}" for index in range(len(expected.outputs))])
 
 
-def _loaded(module: nn.Module, load: Load, content: DeployContent) -> nn.Module:
+def _loaded(module: nn.Module, load: Load, content: DeployContent, left_out: Sequence[str] = ()) -> nn.Module:
     try:
         load(module, content)
     except RuntimeError as error:
-        raise CollapseError(f"The deploy file's weights do not fit the plain model: {error}") from error
+        hint = (
+            f" The file has no {', '.join(map(repr, left_out))}, which the module gives as something else than plain data: "
+            "let its get_extra_state() return tensors, numbers, strings, lists and dicts, and use format='ckpt'."
+            if left_out
+            else ""
+        )
+        raise CollapseError(f"The deploy file's weights do not fit the plain model: {error}{hint}") from error
     return module
 
 

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_sop.deploy.replay import Call, compare
+from lightning_sop.growth.axes import AxisMap
+from lightning_sop.growth.blocks import average
 from lightning_sop.growth.choices import fused_output
 from lightning_sop.growth.errors import FusionError
 from lightning_sop.growth.layout import Layout
 from lightning_sop.growth.match import differing_axes
 from lightning_sop.growth.probe import answer, float_tensors, record_visits
+
+_OUTSIDE = (
+    ": a parameter that is used outside of its own layer, such as in F.linear(x, layer.weight.t()), cannot be grown. Put a "
+    "layer with a weight of its own there"
+)
 
 
 @dataclass(frozen=True)
@@ -79,16 +87,29 @@ def prove(
 def _first_difference(
     donors: Sequence[nn.Module], grown: nn.Module, calls: Sequence[Call], layout: Layout, tolerance: float
 ) -> str:
-    """The first layer whose output is not the donors' outputs in their places."""
+    """The first layer whose output is not the donors' outputs in their places, or their average where it does not grow."""
     known = [record_visits(donor, calls)[0] for donor in donors]
+    differs = partial(_differs, weights=layout.weights, tolerance=tolerance)
     for path, visits in record_visits(grown, calls)[0].items():
-        places = layout.outputs.get(path)
-        if places is None:
+        here, there = visits[0], [visit[path][0] for visit in known if visit[path]]
+        if not here.outputs or len(there) < len(donors):  # a new block
             continue
-        here = visits[0].outputs[0]
-        there = [visit[path][0].outputs[0] for visit in known]
-        growing = differing_axes(here.shape, [tensor.shape for tensor in there]) or [0]
-        reference = places.place(there, here.clone(), growing[0])
-        if compare([reference], [here], [path]).exceeds(tolerance):
-            return f"; the first layer that differs is {path}"
-    return ""
+        if differs(here.outputs[0], [visit.outputs[0] for visit in there], places=layout.outputs.get(path)):
+            heard = zip(here.inputs, zip(*(visit.inputs for visit in there), strict=False), strict=False)
+            before = any(differs(value, values) for value, values in heard)
+            return f"; the first layer that differs is {path}" + f", and what reaches it differs already{_OUTSIDE}" * before
+    return f"; no layer differs, but what is computed outside of them does{_OUTSIDE}"
+
+
+def _differs(
+    here: Tensor, there: Sequence[Tensor], *, weights: Sequence[float], tolerance: float, places: AxisMap | None = None
+) -> bool:
+    """Whether a tensor is not what it should be; of one that grows to who knows what, that is not known."""
+    growing = differing_axes(here.shape, [tensor.shape for tensor in there])
+    if places is not None:
+        expected = places.place(there, here.clone(), (growing or [0])[0])
+    elif growing == [] and here.is_floating_point():
+        expected = average(there, weights)
+    else:
+        return False
+    return compare([expected], [here], [""]).exceeds(tolerance)

@@ -173,6 +173,27 @@ def test_scripted_parts_are_heard_and_replayed(tmp_path):
     assert (receipt["output_difference"], receipt["note"]) == (0, "")
 
 
+class Labels(torch.nn.Module):
+    """Keeps an object of its own class in the state_dict."""
+
+    def get_extra_state(self):
+        return self
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_an_entry_that_is_no_plain_data_is_named(tmp_path):
+    class Labeled(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.labels = Labels()
+
+    run = trainer(tmp_path, CollapseOnSave(), ModelCheckpoint(tmp_path, filename="x"))
+    with pytest.raises(CollapseError, match=r"The file has no 'labels\._extra_state'.*plain data.*get_extra_state\(\)"):
+        run.fit(Labeled(), data())
+
+
 class NeedsItsTrainer(Toy):
     def forward(self, x):
         return super().forward(x) / self.trainer.max_epochs

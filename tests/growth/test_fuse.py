@@ -413,3 +413,22 @@ def test_parts_can_be_named() -> None:
     assert fusion.layout.tensors["attentions.1.qkv.bias"].describe() == "axis 0: 48|48 in 3 chunks"
     with pytest.raises(FusionError, match="no layer matches 'nothing'"):
         fuse([net, net], wide, TOKENS, chunks={"nothing": 3})
+
+
+class TiedByHand(nn.Module):
+    """Uses a layer's weight once more, transposed and outside of it."""
+
+    def __init__(self, width: int, head: bool) -> None:
+        super().__init__()
+        self.encoder, self.head = nn.Linear(6, width), nn.Linear(6, 3) if head else nn.Identity()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(nn.functional.linear(torch.tanh(self.encoder(inputs)), self.encoder.weight.t()))
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_a_weight_that_is_used_outside_of_its_layer_is_told(head: bool) -> None:
+    where = "the first layer that differs is head, and what reaches it" if head else "no layer differs, but what"
+    donor = TiedByHand(4, head)
+    with pytest.raises(FusionError, match=f"{where} .*outside of its own layer.* with a weight of its own there"):
+        fuse([donor, donor], TiedByHand(8, head), torch.randn(16, 6))
