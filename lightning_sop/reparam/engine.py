@@ -249,6 +249,7 @@ class Engine:
                     "storage": [tensor.detach() for tensor in form.storage],
                     "mix": form.mix,
                     "drawn_at": form.drawn_at,
+                    "trained": form.trained,
                 }
         known = [self._known(optimizer) for optimizer in self.optimizers]
         moments = [{} if cycle is None else dict(cycle.moments) for cycle in known]
@@ -269,7 +270,8 @@ class Engine:
                 form.discard()
             else:
                 form.load(saved["storage"], saved["mix"])
-                form.drawn_at = saved.get("drawn_at", 0.0)  # not in older checkpoints
+                # not in older checkpoints
+                form.drawn_at, form.trained = saved.get("drawn_at", 0.0), saved.get("trained")
         self._loaded_moments = list(state["moments"])
         for optimizer, moments in zip(self.optimizers, self._loaded_moments, strict=False):
             if self.held_by(optimizer):

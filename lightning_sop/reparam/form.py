@@ -31,6 +31,7 @@ class TrainingForm(nn.Module):
     mixed: bool  # what the weight holds now: the mix, or the collapsed weight
     mix: Tensor | None  # the mix of the current step
     drawn_at: float = 0.0  # the part of the training that was done when it was drawn
+    trained: bool | None  # whether a step ever had a gradient for it; None before the first
     storage: list[Tensor]  # the memory of φ
     phi: list[nn.Parameter]  # φ as the optimizer sees it: views of storage
     engine: object  # whoever trains through this form
@@ -65,8 +66,7 @@ class TrainingForm(nn.Module):
         """The layer's own parameter, looked up each time (a module may be given a new one)."""
         weight = self.parameter_or_none
         if weight is None or weight.shape != self.site.shape:
-            shape = None if weight is None else tuple(weight.shape)
-            what = "is no longer a parameter of its layer" if shape is None else f"has become of shape {shape}"
+            what = f"has become of shape {(*weight.shape,)}" if weight is not None else "is no longer a parameter of its layer"
             raise RuntimeError(
                 f"{self.site.name} {what}: it was pruned, parametrized, deleted or replaced after SimulatedOverparam was "
                 f"attached. Do that before training starts, or exclude '{self.site.name}'."
@@ -107,8 +107,7 @@ class TrainingForm(nn.Module):
         self.set_storage([tensor.detach().to(weight.device, weight.dtype, copy=True) for tensor in storage])
         self.mix = mix
         collapsed = self.collapsed()
-        # Equal up to rounding: one checkpoint, perhaps written on another device, or in a lower precision than the module
-        # has at this moment (Lightning casts it later). Then φ is kept bit for bit.
+        # Equal up to rounding (another device, or a lower precision than now: Lightning casts later): φ is kept as it is.
         tolerance = 8 * max(torch.finfo(tensor.dtype).eps for tensor in (weight, *storage))
         largest = float(collapsed.abs().max()) if collapsed.numel() else 0.0
         if torch.allclose(weight, collapsed, rtol=tolerance, atol=tolerance * largest):
@@ -121,7 +120,7 @@ class TrainingForm(nn.Module):
         """Forget φ: the weight is an ordinary one again."""
         self.storage, self.phi = [], []
         self._gradients, self._gradient_storage = [], []
-        self.mix = self._written = self._version_guard = self._mixed_grad = None
+        self.mix = self.trained = self._written = self._version_guard = self._mixed_grad = None
         self.mixed = False
 
     def collapsed(self) -> Tensor:
@@ -134,8 +133,8 @@ class TrainingForm(nn.Module):
 
     @torch.no_grad()
     def mix_in(self) -> None:
-        """Write the mixed weight, before a training forward."""
-        if not self.built or self.mix is None or self.mixed or not self.parameter.requires_grad:
+        """Write the mixed weight, before a training forward, unless nobody trains it (a teacher that an optimizer holds)."""
+        if not self.built or self.mix is None or self.mixed or self.trained is False or not self.parameter.requires_grad:
             return
         guard, self._version_guard = self._version_guard, None
         changed = self.follow()
@@ -150,7 +149,7 @@ class TrainingForm(nn.Module):
     def write_mix(self) -> None:
         """Write the mixed weight (under no_grad) after φ or the mix have changed; nobody else has written it since."""
         weight = self.parameter
-        if not weight.requires_grad:  # frozen since: a constant, and that is the collapsed weight
+        if not weight.requires_grad or self.trained is False:  # frozen since: a constant, and that is the collapsed weight
             self.mean_in()
             return
         self.method.write(weight, self.phi, self.mix, self.site)
@@ -224,6 +223,7 @@ class TrainingForm(nn.Module):
             for parameter in self.phi:
                 parameter.grad = None
             return
+        self.trained = True
         mix = self.mix if self.mixed or self._grad_is_of_the_mix(grad) else None
         views = self.gradients()
         pulled = self.method.pull_back(self.phi, mix, grad, self.site, self._gradient_storage)

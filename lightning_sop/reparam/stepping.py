@@ -158,6 +158,7 @@ class StepCycle:
         edited = [now not in (then, NO_GRADIENT) for then, now in zip(self._pulled, _gradients(self._forms), strict=True)]
         for form, version, unseen in zip(self._forms, self._versions, edited, strict=True):
             check_update(optimizer, form, version, unseen, by_value=self._checked < 3)
+            form.trained = bool(form.trained)
             form.after_update()
         self._checked += 1
         if not _skipped(optimizer):

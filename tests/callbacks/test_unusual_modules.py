@@ -228,3 +228,48 @@ def test_a_weight_without_values_is_resumed(tmp_path: Path) -> None:
     fit(whole, tmp_path, overparam(3, seed=1), ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1))
     fit(resumed, tmp_path, overparam(3, seed=1), ckpt=tmp_path / "epoch=0.ckpt")
     assert same_tensors(whole.state_dict(), resumed.state_dict())
+
+
+# ---------------------------------------------------------------------- what an optimizer holds and nobody trains
+
+
+class WithTeacher(Classifier):
+    """Learns from a network that the optimizer holds, too; from some step on that one learns as well."""
+
+    def __init__(self, late: int = 100) -> None:
+        super().__init__(shuffle=False, dropout=0.0)
+        self.teacher = nn.Linear(10, 5)
+        self.late, self.answers = late, []
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        with torch.set_grad_enabled(self.global_step >= self.late):
+            answer = self.teacher(batch[0])
+        self.answers.append(answer.detach())
+        return loss + (self(batch[0]) - answer).square().mean()
+
+
+def test_a_teacher_that_nobody_trains_answers_like_itself(tmp_path: Path) -> None:
+    ours, plain = seeded(WithTeacher), seeded(WithTeacher)
+    own = fit(ours, tmp_path, far()).callbacks[0]
+    fit(plain, tmp_path)
+    assert torch.allclose(ours.teacher.weight, plain.teacher.weight, atol=1e-6)
+    assert not torch.allclose(ours.answers[0], plain.answers[0])  # at the first step nobody can know
+    for left, right in zip(ours.answers[1:], plain.answers[1:], strict=True):
+        assert torch.allclose(left, right, atol=1e-6)
+    assert own.engine.forms["teacher.weight"].trained is False
+    assert own.engine.forms["net.0.weight"].trained
+
+
+def test_what_is_trained_later_gets_its_mix_then_and_resumes(tmp_path: Path) -> None:
+    whole, resumed = seeded(WithTeacher, 6), seeded(WithTeacher, 6)
+    saved = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    own = fit(whole, tmp_path, far(seed=1), saved, max_epochs=3).callbacks[0]
+    assert own.engine.forms["teacher.weight"].trained
+    fit(resumed, tmp_path, far(seed=1), ckpt=tmp_path / "epoch=0.ckpt", max_epochs=3)
+    assert same_tensors(whole.state_dict(), resumed.state_dict())
+    plain = seeded(WithTeacher, 6)
+    fit(plain, tmp_path, overparam(1), max_epochs=3)
+    without = seeded(WithTeacher, 6)
+    fit(without, tmp_path, max_epochs=3)
+    assert same_tensors(plain.state_dict(), without.state_dict())
