@@ -47,8 +47,7 @@ class TrainingForm(nn.Module):
     def __init__(self, owner: nn.Module, name: str, method: Method, site: Site, seed: int) -> None:
         self.live = self.held = False
         super().__init__()
-        self._owner = owner
-        self._name = name
+        self._owner, self._name = owner, name
         self.method = method
         self.site = site
         self.seed = seed
@@ -66,7 +65,8 @@ class TrainingForm(nn.Module):
         """The layer's own parameter, looked up each time (a module may be given a new one)."""
         weight = self.parameter_or_none
         if weight is None or weight.shape != self.site.shape:
-            what = f"has become of shape {(*weight.shape,)}" if weight is not None else "is no longer a parameter of its layer"
+            shape = None if weight is None else tuple(weight.shape)
+            what = "is no longer a parameter of its layer" if shape is None else f"has become of shape {shape}"
             raise RuntimeError(
                 f"{self.site.name} {what}: it was pruned, parametrized, deleted or replaced after SimulatedOverparam was "
                 f"attached. Do that before training starts, or exclude '{self.site.name}'."
