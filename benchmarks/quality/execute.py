@@ -198,7 +198,7 @@ class _Execution:
     def _compare(self, name: str, known: Mapping[str, Any], again: Mapping[str, Any]) -> None:
         """A network that was lost and trained again is to be what it was; if it diverged it is not tried once more."""
         then, now = score(known), score(again)
-        if not math.isfinite(now):
+        if math.isfinite(then) and not math.isfinite(now):  # else another process has done the same run, which diverges
             self.errors.add(known["key"])
         if not math.isclose(then, now, rel_tol=0.01):
             self.console.print(

@@ -163,17 +163,15 @@ class Engine:
     @contextmanager
     def collapsed(self) -> Iterator[None]:
         """Collapsed weights in every layer for a while, whatever the model's mode; then what there was before."""
-        mixed = [form for form in self.forms.values() if form.mixed]
-        held = [form for form in self.forms.values() if form.held]
+        before = [(form, form.held, form.mixed) for form in self.forms.values()]
         self.hold(True)
         try:
             yield
         finally:
-            self.hold(False)
-            for form in held:
-                form.held = True
-            for form in mixed:
-                form.mix_in()
+            for form, held, mixed in before:
+                form.held = held
+                if mixed:
+                    form.mix_in()
 
     def hold(self, held: bool) -> None:
         """Collapsed weights until further notice, also where the model is put into training mode; or no longer."""
