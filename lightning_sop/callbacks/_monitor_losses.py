@@ -43,13 +43,13 @@ class Losses:
         forms = [form for form in forms if form.built and form.mix is not None and form.parameter.requires_grad]
 
         def evaluate() -> Sequence[Tensor]:
-            network = subject_of(module)
             mixed, collapsed = {}, {}
             for form in forms:
                 name = plain_name(form.site.name)
                 mixed[name], collapsed[name] = torch.empty_like(form.parameter), form.collapsed()
                 form.method.write(mixed[name], form.phi, form.mix, form.site)
-            return loss_gap(functools.partial(_loss, trainer, batch, index), network, mixed, collapsed)
+            loss = functools.partial(_loss, trainer, batch, index)
+            return loss_gap(loss, functools.partial(subject_of, module), mixed, collapsed)
 
         values = self._together(trainer, evaluate) if forms else None
         return None if values is None else (values[0], values[1])

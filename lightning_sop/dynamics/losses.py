@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -29,13 +28,17 @@ class LossGap(NamedTuple):
 
 @torch.no_grad()
 def loss_gap(
-    loss: Callable[[nn.Module], Tensor], network: nn.Module, mixed: Mapping[str, Tensor], collapsed: Mapping[str, Tensor]
+    loss: Callable[[nn.Module], Tensor],
+    fresh: Callable[[], nn.Module],
+    mixed: Mapping[str, Tensor],
+    collapsed: Mapping[str, Tensor],
 ) -> LossGap:
     """Evaluate a network with two sets of weights.
 
     Args:
         loss: of the network, on one batch; with the same random numbers in both calls, if it draws any.
-        network: not modified, and the same for both: what it keeps from call to call is none of the difference.
+        fresh: gives a new copy of the network at each call, so that what it keeps from call to call is none of the
+            difference.
         mixed: weights of the mix by parameter name.
         collapsed: collapsed weights of the same parameters.
 
@@ -44,7 +47,7 @@ def loss_gap(
     """
 
     def under(weights: Mapping[str, Tensor]) -> Tensor:
-        subject = copy.deepcopy(network)
+        subject = fresh()
         for name, weight in weights.items():
             subject.get_parameter(name).copy_(weight)
         return loss(subject).detach()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 
 import numpy as np
@@ -114,7 +116,7 @@ def test_losses_under_two_sets_of_weights_leave_the_network_alone():
         expected.append(float(loss(network).detach()))
     network[1].reset_running_stats()
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    found = loss_gap(loss, network, {"0.weight": mixed}, {"0.weight": collapsed})
+    found = loss_gap(loss, functools.partial(copy.deepcopy, network), {"0.weight": mixed}, {"0.weight": collapsed})
     assert [float(found.mixed), float(found.collapsed)] == pytest.approx(expected)
     assert float(found.gap) == pytest.approx(expected[0] - expected[1])
     assert not found.mixed.requires_grad
@@ -133,4 +135,5 @@ def test_what_a_network_keeps_from_call_to_call_is_no_difference_between_losses(
 
     network, inputs = Recurrent(), torch.randn(8, 3)
     weights = {"cell.weight_ih": network.cell.weight_ih.detach().clone()}
-    assert loss_gap(lambda net: net(inputs).square().sum(), network, weights, weights).gap == 0
+    fresh = functools.partial(copy.deepcopy, network)
+    assert loss_gap(lambda net: net(inputs).square().sum(), fresh, weights, weights).gap == 0
