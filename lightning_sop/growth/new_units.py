@@ -118,12 +118,12 @@ class Meter:
     ) -> None:
         self._network, self._loss, self._mean = quiet_(copy.deepcopy(network)), loss, mean
         named = dict(self._network.named_parameters(remove_duplicate=False))
-        self._tensors = {name: named[name] for name in dict.fromkeys(names)}
+        self._names = list(dict.fromkeys(names))
         for parameter in named.values():
             parameter.requires_grad_(False)
-        for parameter in self._tensors.values():
-            parameter.requires_grad_(True)
-        self.start: Values = {name: tensor.detach().flatten().clone() for name, tensor in self._tensors.items()}
+        for name in self._names:
+            named[name].requires_grad_(True)
+        self.start: Values = {name: named[name].detach().flatten().clone() for name in self._names}
 
     def gradient(self, values: Mapping[str, Tensor]) -> Values:
         """The gradient, flattened, where the tensors have these values.
@@ -131,18 +131,21 @@ class Meter:
         Raises:
             ValueError: a loss that is no scalar with a graph.
         """
+        network = copy.deepcopy(self._network)  # what it keeps from call to call is in no other gradient
+        named = dict(network.named_parameters(remove_duplicate=False))
+        tensors = [named[name] for name in self._names]
         with torch.no_grad():
-            for name, tensor in self._tensors.items():
+            for name, tensor in zip(self._names, tensors, strict=True):
                 tensor.copy_(values[name].view_as(tensor))
         with isolated_random_state(), torch.enable_grad():
-            loss = self._loss(self._network)
+            loss = self._loss(network)
             if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
                 raise ValueError("the loss that new units are chosen by must be a scalar with a graph")
-            found = torch.autograd.grad(loss, list(self._tensors.values()), allow_unused=True, materialize_grads=True)
+            found = torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=True)
         flat = [(value.to_dense() if value.is_sparse else value).detach().flatten() for value in found]
         if self._mean is not None:  # in one piece
             flat = list(torch.split(self._mean(torch.cat(flat)), [len(piece) for piece in flat]))
-        return dict(zip(self._tensors, flat, strict=True))
+        return dict(zip(self._names, flat, strict=True))
 
 
 def rows_and_columns(network: nn.Module, layout: Layout) -> tuple[list[Rows], list[Columns]]:

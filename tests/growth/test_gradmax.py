@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from lightning_sop.deploy.replay import tensors_in
 from lightning_sop.growth import Fusion, FusionError, fuse
 from lightning_sop.growth.fuse import as_calls
+from lightning_sop.growth.new_units import Meter
 from tests.growth.architectures import ARCHITECTURES, IMAGES, TOKENS, Architecture, hugging_face, trained
 from tests.growth.toy import data, mean_square
 
@@ -336,6 +337,23 @@ def test_the_choice_is_the_seed_s_and_leaves_all_else_alone() -> None:
     assert all(p.grad is None for p in first.parameters()) and first.training
     for name, tensor in before.state_dict().items():
         assert torch.equal(tensor, small.state_dict()[name])
+
+
+def test_what_a_network_keeps_from_call_to_call_is_in_no_other_gradient() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.hidden = nn.RNNCell(3, 4), None
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.hidden = self.cell(x, self.hidden)
+            return self.hidden
+
+    torch.manual_seed(0)
+    network, inputs = Recurrent(), torch.randn(8, 3)
+    meter = Meter(network, lambda net: net(inputs).square().sum(), ["cell.weight_ih"])
+    first, again = meter.gradient(meter.start), meter.gradient(meter.start)
+    assert torch.equal(first["cell.weight_ih"], again["cell.weight_ih"]) and network.hidden is None
 
 
 def test_gradients_of_processes_are_averaged() -> None:
