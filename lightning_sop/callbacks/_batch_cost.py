@@ -16,7 +16,7 @@ from lightning_sop.callbacks._growing_run import silent
 from lightning_sop.callbacks._plain_copy import plain_copy
 from lightning_sop.callbacks._probe import _callable_parts
 from lightning_sop.callbacks._strategies import refuse_sharding
-from lightning_sop.callbacks._training_step import loss_of
+from lightning_sop.callbacks._training_step import knowing, loss_of
 from lightning_sop.callbacks.outermost import OutermostCalls
 from lightning_sop.deploy.replay import Call, first_floating, isolated_random_state, map_tensors, tensors_in
 from lightning_sop.dynamics.cost import COUNTING, Clock, Phase
@@ -115,7 +115,7 @@ class BatchCost:
                     subject = subject.to(like.device, like.dtype)
                 with silent(), isolated_random_state(), torch.enable_grad(), trainer.precision_plugin.train_step_context():
                     inputs = map_tensors(torch.Tensor.clone, batch)
-                    total, forward = flops_of(lambda: loss_of(subject, inputs, index), subject.backward)
+                    total, forward = flops_of(lambda: loss_of(trainer, subject, inputs, index), subject.backward)
             except Exception:  # the user's step, outside of its Trainer: anything may happen
                 return None
             self._clock.ledger.add(COUNTING, Phase(flops=total))
@@ -150,7 +150,13 @@ class _Listener:
             return UNKNOWN
         try:
             subject = plain_copy(module)
-            with silent(), isolated_random_state(), torch.no_grad(), trainer.precision_plugin.train_step_context():
+            with (
+                silent(),
+                isolated_random_state(),
+                torch.no_grad(),
+                knowing(trainer, subject),
+                trainer.precision_plugin.train_step_context(),
+            ):
                 forward = sum(flops_of(lambda call=call: _answer(subject, call)).forward for call in self._calls)  # type: ignore[misc]
         except Exception as error:  # the user's own code
             self.missed = f"{type(error).__name__}: {error}"

@@ -90,7 +90,7 @@ def matched_factors(
     module, tensors = trainer.lightning_module, fused.state_dict()
     gradient, reason = {}, ""
     try:
-        gradient = gradient_of_step(fused, module, batch, index)
+        gradient = gradient_of_step(trainer, fused, batch, index)
     except Exception as error:  # the user's step, outside of its Trainer: anything may happen
         reason = f"{type(error).__name__}: {error}"
     if not trainer.strategy.reduce_boolean_decision(not reason, all=True):
@@ -118,12 +118,12 @@ def matched_factors(
     return (whole, boosts_of(whole, alone)) if fusion.op.copies_only else (alone, {})
 
 
-def gradient_of_step(network: LightningModule, module: LightningModule, batch: Any, index: int) -> dict[str, Tensor]:
+def gradient_of_step(trainer: Trainer, network: LightningModule, batch: Any, index: int) -> dict[str, Tensor]:
     """The gradient of a training step's loss.
 
     Args:
-        network: computes it, without dropout; normalizes by the batch where ``module`` does so.
-        module: the module in training.
+        trainer: of the run.
+        network: computes it, without dropout; normalizes by the batch where the module in training does so.
         batch: as for a training step.
         index: of the batch.
 
@@ -131,13 +131,13 @@ def gradient_of_step(network: LightningModule, module: LightningModule, batch: A
         Exception: the step does not work outside of a Trainer.
     """
     named = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
-    training = {plain_name(path): part.training for path, part in module.named_modules()}
+    training = {plain_name(path): part.training for path, part in trainer.lightning_module.named_modules()}
     network.eval()
     for path, part in network.named_modules():
         if isinstance(part, _BatchNorm):
             part.train(training.get(path, True))
     with silent(), isolated_random_state(), torch.enable_grad():
-        loss = loss_of_step(network, batch, index)
+        loss = loss_of_step(trainer, network, batch, index)
         values = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     return {n: torch.zeros_like(p) if v is None else v for (n, p), v in zip(named.items(), values, strict=True)}
 

@@ -75,7 +75,7 @@ def metrics_of(trainer: Trainer) -> dict[str, float]:
     return metrics if trainer.world_size == 1 else trainer.strategy.broadcast(metrics)
 
 
-def calls_of_step(module: LightningModule, batch: Any, index: int) -> list[Call]:
+def calls_of_step(trainer: Trainer | None, module: LightningModule, batch: Any, index: int) -> list[Call]:
     """The calls with which a training step enters the module's networks, from a run of it on a plain copy.
 
     Returns:
@@ -87,7 +87,7 @@ def calls_of_step(module: LightningModule, batch: Any, index: int) -> list[Call]
     recorder.open()
     try:
         with silent(), torch.no_grad(), isolated_random_state():
-            call_step(subject, map_tensors(torch.Tensor.clone, batch), index)
+            call_step(trainer, subject, map_tensors(torch.Tensor.clone, batch), index)
     except Exception:  # the user's step, outside of its Trainer: anything may happen
         pass
     finally:

@@ -153,7 +153,7 @@ class RunLaboratory:
     def _grow(self, trainer: Trainer, module: LightningModule, small: nn.Module, coming: _Step) -> Growth:
         event = self._event
         assert isinstance(small, LightningModule)
-        calls = shared(trainer, calls_of_step(small, *coming))
+        calls = shared(trainer, calls_of_step(trainer, small, *coming))
         networks = networks_of(event.loaded, small)
         donors = [networks[name].to(small.device) for name in event.donors]
         grown = wider(module, event.grown, event.target)
@@ -187,7 +187,7 @@ def _loss(trainer: Trainer, network: nn.Module, batch: tuple[Any, int]) -> Tenso
     assert isinstance(network, LightningModule)
     scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
     with silent(), nullcontext() if scaled else trainer.precision_plugin.train_step_context():
-        return loss_of(network, *batch)
+        return loss_of(trainer, network, *batch)
 
 
 def _plain(module: nn.Module) -> nn.Module:

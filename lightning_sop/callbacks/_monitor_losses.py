@@ -113,5 +113,5 @@ def _loss(trainer: Trainer, batch: Any, index: int, network: nn.Module) -> Tenso
     assert isinstance(network, LightningModule)
     context: AbstractContextManager[Any] = trainer.precision_plugin.train_step_context() or nullcontext()
     with silent(), isolated_random_state(), context:
-        loss = loss_if_any(network, map_tensors(torch.Tensor.clone, batch), index)
+        loss = loss_if_any(trainer, network, map_tensors(torch.Tensor.clone, batch), index)
     return torch.full((), torch.nan, device=network.device) if loss is None else loss.detach().reshape(())

@@ -41,7 +41,7 @@ def choice_options(
         return {}
     check_loss(trainer, module, batch, index)
     mean = None if trainer is None else mean_over_ranks(trainer)
-    return {"loss": partial(loss_of_step, batch=batch, index=index), "mean": mean}
+    return {"loss": partial(loss_of_step, trainer, batch=batch, index=index), "mean": mean}
 
 
 def check_loss(trainer: Trainer | None, module: LightningModule, batch: Any, index: int) -> None:
@@ -53,7 +53,7 @@ def check_loss(trainer: Trainer | None, module: LightningModule, batch: Any, ind
     reason = ""
     try:
         with isolated_random_state(), torch.enable_grad():
-            loss = loss_of_step(plain_copy(module).eval().requires_grad_(True), batch, index)
+            loss = loss_of_step(trainer, plain_copy(module).eval().requires_grad_(True), batch, index)
             reason = "" if loss.requires_grad else "the loss has no graph"
     except Exception as error:  # the user's step, outside of its Trainer: anything may happen
         reason = f"{type(error).__name__}: {error}"
@@ -69,7 +69,7 @@ def check_loss(trainer: Trainer | None, module: LightningModule, batch: Any, ind
         )
 
 
-def loss_of_step(network: nn.Module, batch: Any, index: int) -> Tensor:
+def loss_of_step(trainer: Trainer | None, network: nn.Module, batch: Any, index: int) -> Tensor:
     """The loss of a training step.
 
     Raises:
@@ -79,7 +79,7 @@ def loss_of_step(network: nn.Module, batch: Any, index: int) -> Tensor:
     dtype = first_floating(network).dtype
     inputs = map_tensors(lambda t: t.to(dtype, copy=True) if t.is_floating_point() else t.clone(), batch)
     with silent():
-        return loss_of(network, inputs, index)
+        return loss_of(trainer, network, inputs, index)
 
 
 @contextmanager

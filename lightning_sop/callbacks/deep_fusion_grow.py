@@ -197,7 +197,7 @@ class DeepFusionGrow(Callback):
             return
         check(self, trainer, pl_module, batch, batch_idx)
         if self.schedule.due(moment_of(trainer, {})):
-            calls = shared(trainer, calls_of_step(pl_module, batch, batch_idx))
+            calls = shared(trainer, calls_of_step(trainer, pl_module, batch, batch_idx))
             if calls:
                 self._grow(trainer, pl_module, calls, batch, batch_idx)
             else:  # the step needs its Trainer: listen to this one, and grow after it

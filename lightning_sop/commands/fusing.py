@@ -53,7 +53,7 @@ def fuse(words: Sequence[str]) -> None:
     set_up(cli)
     donors = load_donors(options.donors, grown)
     batch = first_batch(cli)
-    calls = calls_of_step(grown, batch, 0)
+    calls = calls_of_step(None, grown, batch, 0)
     if not calls:
         raise UsageError(
             f"{type(grown).__name__}.training_step() calls no network when it runs outside of a Trainer, so nothing can be "
@@ -73,7 +73,7 @@ def fuse(words: Sequence[str]) -> None:
             widen=options.widen,
             norm=options.norm,
             seed=options.seed,
-            loss=partial(loss_of_step, batch=batch, index=0) if options.widen == "gradmax" else None,
+            loss=partial(loss_of_step, None, batch=batch, index=0) if options.widen == "gradmax" else None,
         )
     except FusionError as error:
         names = ", ".join(f"{number} is {path}" for number, path in enumerate(options.donors, 1))

@@ -85,7 +85,7 @@ def show_growth(cli: DryCLI, events: Sequence[DeepFusionGrow], out: Console) -> 
         note(f"no training batch to probe with, the plan follows from shapes and types alone: {told(error)}")
     here = plain_copy(cli.model)
     for event in events:
-        calls = [] if batch is None else calls_of_step(here, batch, 0)
+        calls = [] if batch is None else calls_of_step(None, here, batch, 0)
         if batch is not None and not calls:
             note(
                 f"{type(here).__name__}.training_step() cannot run without its Trainer, the plan follows from shapes and "
