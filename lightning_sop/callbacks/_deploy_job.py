@@ -81,7 +81,7 @@ def proven_content(
     """Take the plain model out of a checkpoint that is being saved, and measure it.
 
     Args:
-        trainer: Its callbacks' ``collapsed_weights()`` are one side of the measurement.
+        trainer: Its callbacks' ``collapsed_weights(module)`` are one side of the measurement.
         checkpoint: What Lightning dumped; it is not changed.
         path: Where the training file goes.
         export: How the deploy file is written; its bytes, read back, are the other side.
@@ -139,7 +139,9 @@ def _recomputed_weights(trainer: pl.Trainer) -> dict[str, Tensor]:
     for callback in callbacks:
         recompute = getattr(callback, "collapsed_weights", None)
         if recompute is not None:
-            weights.update({plain_name(name): weight.detach() for name, weight in recompute().items()})
+            weights.update(
+                {plain_name(name): weight.detach() for name, weight in recompute(trainer.lightning_module).items()}
+            )
     return weights
 
 

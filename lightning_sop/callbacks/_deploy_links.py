@@ -15,6 +15,13 @@ def model_checkpoints(trainer: pl.Trainer) -> list[ModelCheckpoint]:
     return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
 
 
+def known_paths(trainer: pl.Trainer) -> set[str]:
+    """Checkpoints that a ModelCheckpoint keeps among the best: in a resumed run, those of the runs before it."""
+    return {
+        path for callback in model_checkpoints(trainer) for path in (*callback.best_k_models, callback.best_model_path)
+    } - {""}
+
+
 def links_last(callback: ModelCheckpoint) -> bool:
     """Whether its ``last`` is a link, made without any call of a CheckpointIO."""
     return callback.save_last == "link"

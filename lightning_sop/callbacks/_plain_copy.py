@@ -13,6 +13,8 @@ from lightning_sop.deploy.content import DeployContent
 from lightning_sop.reparam.form import TrainingForm
 from lightning_sop.reparam.tied import TiedForm
 
+_FORMS = (TrainingForm, TiedForm)
+
 
 class _Gone(nn.Module):
     """Stands in a copy for what is not copied."""
@@ -25,21 +27,43 @@ def plain_copy(module: pl.LightningModule) -> pl.LightningModule:
         Exception: Something that the module holds cannot be copied.
     """
     memo: dict[int, Any] = {}
+    context = module._compiler_ctx
+    if context is not None:
+        memo[id(context["dynamo_ctx"])] = None
+    twin = _bare_copy(module, memo)
+    assert isinstance(twin, pl.LightningModule)
+    if twin._compiler_ctx is not None:
+        to_uncompiled(twin)
+    _unwatch(twin)
+    return twin
+
+
+def without_forms(value: Any) -> Any:
+    """A value with the modules in it that hold training forms as copies that do not; the value itself, if there are none."""
+    if isinstance(value, nn.Module):
+        return _bare_copy(value, {}) if any(isinstance(part, _FORMS) for part in value.modules()) else value
+    if not isinstance(value, (dict, list)):
+        return value
+    items = list(value.items() if isinstance(value, dict) else enumerate(value))
+    bare = [(key, without_forms(item)) for key, item in items]
+    if all(new is old for (_, new), (_, old) in zip(bare, items, strict=True)):
+        return value
+    result = copy.copy(value)
+    for key, item in bare:
+        result[key] = item
+    return result
+
+
+def _bare_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     compiled = []
     for child in module.modules():
-        if isinstance(child, (TrainingForm, TiedForm)):
+        if isinstance(child, _FORMS):
             memo[id(child)] = _Gone()
         elif isinstance(getattr(child, "_orig_mod", None), nn.Module):  # what torch.compile returns
             compiled.append(child)
     for wrapper in reversed(compiled):  # inner wrappers before the outer ones
         memo[id(wrapper)] = copy.deepcopy(wrapper._orig_mod, memo)
-    context = module._compiler_ctx
-    if context is not None:
-        memo[id(context["dynamo_ctx"])] = None
     twin = copy.deepcopy(module, memo)
-    if twin._compiler_ctx is not None:
-        to_uncompiled(twin)
-    _unwatch(twin)
     for parent in list(twin.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, _Gone):

@@ -88,6 +88,7 @@ class CollapseOnSave(Callback):
         self._own_names = OwnNames()
         self._foreign_keys: frozenset[str] = frozenset()
         self._written: dict[str, dict[str, Any]] = {}  # receipts by training file
+        self._earlier: set[str] = set()  # training files of the runs that this one resumes
         self._links: set[str] = set()
         self._unsynced = False
 
@@ -97,12 +98,16 @@ class CollapseOnSave(Callback):
         if stage == "fit":
             self._check(trainer)
         if trainer is not self._trainer:
-            self._trainer, self._written, self._links = trainer, {}, set()  # files of another run are not ours to remove
+            # Files of another run are not ours to remove.
+            self._trainer, self._written, self._earlier, self._links = trainer, {}, set(), set()
         install(trainer.strategy, self)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
             self._probe.attach(pl_module)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._earlier = links.known_paths(trainer)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if self._unsynced:
@@ -188,7 +193,7 @@ class CollapseOnSave(Callback):
             link = links.last_link(callback)
             if link is not None:
                 pairs[deploy_path(link[0], self.format)] = deploy_path(link[1], self.format)
-        for path in self._written:
+        for path in self._earlier | self._written.keys():
             if not self._chosen(trainer, path):
                 files.remove(deploy_path(path, self.format))
         for name in self._links - pairs.keys():

@@ -13,7 +13,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lightning_sop.callbacks._overparam_run import anneals, averages, part_done
 from lightning_sop.callbacks._patches import Patch
+from lightning_sop.callbacks._plain_copy import without_forms
 from lightning_sop.callbacks._strategies import refuse_sharding
 from lightning_sop.callbacks._terminal import LateBar, show
 from lightning_sop.callbacks._wandb_runs import describe_run
@@ -24,11 +26,15 @@ from lightning_sop.reparam.functional import resolve_rules, resolve_seed
 from lightning_sop.reparam.select import Plan, Rule, make_plan
 from lightning_sop.reparam.table import plan_table
 
-#: Callbacks that read the weights during training and have to find the collapsed ones.
-_AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 _WEIGHTS_ONLY = (
     "SimulatedOverparam: a weights-only checkpoint has no optimizer state to resume from. Begin a new run from its weights: "
     "Model.load_from_checkpoint(path), then fit without ckpt_path, and not with init='independent'."
+)
+
+
+_ANOTHER_MODEL = (
+    "SimulatedOverparam: the checkpoint has the trained weights but no larger tensors, for this callback trained another "
+    "module since. To resume from what a Trainer saves later, give it a callback of its own."
 )
 
 
@@ -96,9 +102,14 @@ class SimulatedOverparam(Callback):
         """What would become of every parameter of the model, without changing anything; print it with rich."""
         return make_plan(model, self.rules)
 
-    def collapsed_weights(self) -> dict[str, Tensor]:
-        """The deployable weights recomputed from the method's own tensors in float64, by every name they have."""
-        return {} if self.engine is None else self.engine.collapsed_weights()
+    def collapsed_weights(self, model: torch.nn.Module | None = None) -> dict[str, Tensor]:
+        """The deployable weights recomputed from the method's own tensors in float64, by every name they have.
+
+        Args:
+            model: whose weights they have to be; none, if this callback has trained another one since.
+        """
+        others = model is not None and model is not self._model
+        return {} if self.engine is None or others else self.engine.collapsed_weights()
 
     # ------------------------------------------------------------------ attach and detach
 
@@ -133,6 +144,7 @@ class SimulatedOverparam(Callback):
             self._model = pl_module
         self._running().attach()
         self._patches.append(Patch(trainer, "save_checkpoint", self._save))
+        self._patches.append(Patch(trainer.strategy, "save_checkpoint", _write))
 
     def _save(self, save: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Collapsed weights also for modules and callbacks that put parameters into a checkpoint by themselves."""
@@ -143,11 +155,11 @@ class SimulatedOverparam(Callback):
         """Stand before callbacks that average weights in their hooks, so that they find the collapsed weights."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         mine = callbacks.index(self)
-        first = next((i for i, callback in enumerate(callbacks[:mine]) if _averages(callback)), mine)
+        first = next((i for i, callback in enumerate(callbacks[:mine]) if averages(callback)), mine)
         callbacks.insert(first, callbacks.pop(mine))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the plain model behind; this callback keeps the larger tensors for saving and for a later fit."""
+        """Leave the plain model behind; this callback keeps the larger tensors for saving and a later fit."""
         self._detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -179,7 +191,7 @@ class SimulatedOverparam(Callback):
         engine.start(trainer.optimizers)
         show(trainer, self.verbose, plan_table(engine.plan, brief=True))
         describe_run(trainer, self)
-        if _anneals(self.rules) and _part_done(trainer) is None:
+        if anneals(self.rules) and part_done(trainer) is None:
             rank_zero_warn(
                 "SimulatedOverparam: annealing needs to know the length of the training; set max_steps, or max_epochs with "
                 "a data loader of known length, or anneal=0 in the method. The mix is not annealed."
@@ -202,7 +214,7 @@ class SimulatedOverparam(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Collapsed weights where a callback is about to average them."""
-        if any(_averages(callback) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        if any(averages(callback) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             self._running().mean_in()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -228,6 +240,10 @@ class SimulatedOverparam(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """BatchNorm statistics for the collapsed weights; the checkpoint's entries are the buffers themselves."""
+        if self._model is not None and self._model is not pl_module:  # saved by an earlier Trainer
+            checkpoint.get("callbacks", {}).pop(self.state_key, None)
+            rank_zero_warn(_ANOTHER_MODEL)
+            return
         self._reestimate(trainer, pl_module)
 
     def _reestimate(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -235,7 +251,7 @@ class SimulatedOverparam(Callback):
             self.batchnorm.run(pl_module, trainer.precision_plugin.forward_context(), bar.show)
 
     def _progress(self, trainer: Trainer) -> float:
-        return (_part_done(trainer) or 0.0) if _anneals(self.rules) else 0.0
+        return (part_done(trainer) or 0.0) if anneals(self.rules) else 0.0
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_patches": []}  # a copy has changed no methods
@@ -264,7 +280,7 @@ class SimulatedOverparam(Callback):
         if self.state_key in states:
             return
         others = [key for key in states if key.startswith(type(self).__qualname__)]
-        if others and not any(_is_overparam(c) and c.state_key in others for c in trainer.callbacks):  # type: ignore[attr-defined]
+        if others and not any(isinstance(c, SimulatedOverparam) and c.state_key in others for c in trainer.callbacks):  # type: ignore[attr-defined]
             raise ValueError(
                 f"The checkpoint was trained with {', '.join(others)}, this run has {self.state_key}. Resume with the same "
                 "include, exclude, layers and rules, or start a new run from the checkpoint's weights."
@@ -276,25 +292,6 @@ class SimulatedOverparam(Callback):
         )
 
 
-def _averages(callback: Callback) -> bool:
-    return any(base.__name__ in _AVERAGING for base in type(callback).__mro__)
-
-
-def _is_overparam(callback: Callback) -> bool:
-    return isinstance(callback, SimulatedOverparam)
-
-
-def _anneals(rules: Sequence[Rule]) -> bool:
-    methods = [rule.method for rule in rules]
-    return any(getattr(method, "anneal", 0) and getattr(method, "factor", 2) > 1 for method in methods)
-
-
-def _part_done(trainer: Trainer) -> float | None:
-    """Part of the training that is done, in [0, 1]; None where its length is not known."""
-    parts = []
-    if trainer.max_steps > 0:
-        parts.append(trainer.global_step / trainer.max_steps)
-    epochs, batches = trainer.max_epochs, trainer.num_training_batches
-    if epochs is not None and epochs > 0 and 0 < batches < float("inf"):
-        parts.append(trainer.fit_loop.total_batch_idx / (epochs * batches))
-    return min(1.0, max(parts)) if parts else None
+def _write(save: Callable[..., Any], checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+    """Save a checkpoint in which the modules, such as those among hyper-parameters, are plain."""
+    save(without_forms(checkpoint), *args, **kwargs)

@@ -26,9 +26,10 @@ class TrainingCost(Callback):
     """Count what a run costs: FLOPs of forward and backward, and wall time. The run is left as it is.
 
     The FLOPs of a batch are counted with a training step on a copy of the module, once for each shape of network and
-    batch (a step that does something else in later epochs counts as its first one did), and added up batch by batch; those of all ranks are taken to be those of the rank times their number. Where
-    ``training_step`` needs its Trainer, or steps its optimizers itself, it is listened to once, and each call of a network
-    counts three times its forward. What optimizers and validation compute is not counted.
+    batch (a step that does something else in later epochs counts as its first one did), and added up batch by batch; those
+    of all ranks are taken to be those of the rank times their number. Where ``training_step`` needs its Trainer, or steps
+    its optimizers itself, it is listened to once, and each call of a network counts three times its forward. What optimizers
+    and validation compute is not counted.
 
     Seconds are those of the first rank, from a monotonic clock, from one batch to the next: they include waiting for data,
     other callbacks and saving, and not validation, the checks and the growth of :class:`~lightning_sop.DeepFusionGrow`, or

@@ -117,6 +117,14 @@ def _loaded(module: nn.Module, load: Load, content: DeployContent, left_out: Seq
             else ""
         )
         raise CollapseError(f"The deploy file's weights do not fit the plain model: {error}{hint}") from error
+    except Exception as error:  # of the module's own hooks
+        omitted = f" It left out {', '.join(map(repr, content.omitted))}, which is no plain data." if content.omitted else ""
+        raise CollapseError(
+            "The deploy file cannot be loaded into the plain model: on_load_checkpoint() fails with it "
+            f"({type(error).__name__}: {error}). It has weights, hyper-parameters and what on_save_checkpoint() adds "
+            f"(tensors, numbers, strings, lists and dicts), and nothing else of the training.{omitted} Let "
+            "on_load_checkpoint() do without what is missing."
+        ) from error
     return module
 
 

@@ -26,33 +26,29 @@ class TrainingForm(nn.Module):
     # Nothing of this module is to be registered, so the bookkeeping of nn.Module's own is left out: it runs at every step.
     __setattr__ = object.__setattr__  # type: ignore[assignment]
 
-    live: bool  # an engine trains through this form (never true of a copy)
-    held: bool  # the layer is to have the collapsed weight, whatever train() says
-    mixed: bool  # what the weight holds now: the mix, or the collapsed weight
-    mix: Tensor | None  # the mix of the current step
-    drawn_at: float = 0.0  # the part of the training that was done when it was drawn
-    trained: bool | None  # whether a step ever had a gradient for it; None before the first
-    storage: list[Tensor]  # the memory of φ
-    phi: list[nn.Parameter]  # φ as the optimizer sees it: views of storage
-    engine: object  # whoever trains through this form
-    _owner: nn.Module
-    _gradients: list[Tensor]
-    _gradient_storage: list[Tensor]
-    _addresses: list[int]  # of φ's memory, to notice optimizers that replace ``φ.data``
-    _written: Tensor | None  # what was last written into the weight, to notice writes by others
-    _written_version: int
-    _version_guard: tuple[Any, int] | None
-    _mixed_grad: tuple[Tensor, int] | None  # the gradient, as it was when a mix gave way to the collapsed weight
+    # TorchScript makes an empty part of a form: what is a property, or of a type that it does not know, it leaves out.
+    __jit_unused_properties__ = ("built", "parameter", "parameter_or_none", "training")
 
     def __init__(self, owner: nn.Module, name: str, method: Method, site: Site, seed: int) -> None:
-        self.live = self.held = False
+        self.live = False  # an engine trains through this form (never true of a copy)
+        self.held = False  # the layer is to have the collapsed weight, whatever train() says
         super().__init__()
         self._owner, self._name = owner, name
-        self.method = method
-        self.site = site
-        self.seed = seed
-        self.engine = None
-        self.discard()
+        self.method, self.site, self.seed = method, site, seed
+        self.engine: object = None  # whoever trains through this form
+        self.mixed = False  # what the weight holds now: the mix, or the collapsed weight
+        self.mix: Tensor | None = None  # the mix of the current step
+        self.drawn_at = 0.0  # the part of the training that was done when it was drawn
+        self.trained: bool | None = None  # whether a step ever had a gradient for it; None before the first
+        self.storage: list[Tensor] = []  # the memory of φ
+        self.phi: list[nn.Parameter] = []  # φ as the optimizer sees it: views of storage
+        self._gradients: list[Tensor] = []
+        self._gradient_storage: list[Tensor] = []
+        self._addresses: list[int] = []  # of φ's memory, to notice optimizers that replace ``φ.data``
+        self._written: Tensor | None = None  # what was last written into the weight, to notice writes by others
+        self._written_version = 0
+        self._version_guard: tuple[Any, int] | None = None
+        self._mixed_grad: tuple[Tensor, int] | None = None  # the gradient, as it was when a mix gave way to the mean
         self.training = owner.training
 
     @property

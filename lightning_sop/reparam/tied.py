@@ -13,6 +13,8 @@ from lightning_sop.reparam.names import owner_key
 class TiedForm(nn.Module):
     """Marks another layer that shares a weight in training form, so that its entry in a state_dict is collapsed too."""
 
+    __jit_unused_properties__ = ("form",)  # TorchScript makes an empty part of it
+
     def __init__(self, form: TrainingForm, name: str) -> None:
         super().__init__()
         self.__dict__["_form"] = form  # not registered: the form is a child of its own layer

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 
 from lightning_sop import MajorityKernels, SimulatedOverparam
 from tests.callbacks.helpers import Classifier, Manual, fit, overparam, same_tensors, seeded
@@ -66,6 +67,39 @@ def test_resume_is_bitwise(case: str, tmp_path: Path) -> None:
     assert same_tensors(ours.state_dict(), theirs.state_dict())
     for left, right in zip(part.optimizers, whole.optimizers, strict=True):
         assert same_tensors(left.state_dict(), right.state_dict())
+
+
+class Breaks(Callback):
+    """Fails in one hook of one batch, and saves then."""
+
+    def __init__(self, hook: str, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+        setattr(self, hook, self.fail)
+
+    def fail(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise RuntimeError("broken")
+
+    def on_exception(self, trainer: Trainer, *_: Any) -> None:
+        trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_after_backward", "on_train_batch_end"])
+def test_a_batch_that_is_begun_again_is_not_counted_twice(hook: str, tmp_path: Path) -> None:
+    """The mix is annealed as in the whole run, whose data Lightning does not go on with within an epoch."""
+    full, broken, resumed, path = make(), make(), make(), tmp_path / "broken.ckpt"
+    progress: dict[bool, list[float]] = {False: [], True: []}
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+            engine = next(c for c in trainer.callbacks if isinstance(c, SimulatedOverparam)).engine
+            progress[pl_module is not full].append(engine.progress)
+
+    fit(full, tmp_path, overparam(4), Look(), max_epochs=3)
+    with pytest.raises(RuntimeError, match="broken"):
+        fit(broken, tmp_path, overparam(4), Look(), Breaks(hook, 6, path), max_epochs=3)
+    fit(resumed, tmp_path, overparam(4), Look(), max_epochs=3, ckpt=str(path))
+    assert progress[False] == progress[True] == [step / 12 for step in range(12)]
 
 
 def test_a_resumed_run_mixes_on(tmp_path: Path) -> None:

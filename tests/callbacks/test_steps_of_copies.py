@@ -98,9 +98,14 @@ def test_a_user_s_class_hears_of_no_other(tmp_path: Path) -> None:
     model = Named()
     run = fit(model, tmp_path, max_epochs=1)
     twin = copy.deepcopy(model)
-    with pytest.raises(RuntimeError, match="in the step"), knowing(run, twin):
-        assert (twin.current_epoch, twin.global_step) == (1, 4)
-        assert isinstance(twin, Named) and type(twin).__name__ == "Named" and isinstance(twin.net, nn.Sequential)
-        raise RuntimeError("in the step")
+
+    def step() -> None:
+        with knowing(run, twin):
+            assert (twin.current_epoch, twin.global_step) == (1, 4)
+            assert isinstance(twin, Named) and type(twin).__name__ == "Named" and isinstance(twin.net, nn.Sequential)
+            raise RuntimeError("in the step")
+
+    with pytest.raises(RuntimeError, match="in the step"):
+        step()
     assert type(twin) is Named and twin.current_epoch == 0
     assert registry == ["named"]

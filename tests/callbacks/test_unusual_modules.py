@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_sop import CollapseOnSave, MajorityKernels, SimulatedOverparam
-from tests.callbacks.helpers import Classifier, InSetup, fit, overparam, same_tensors, seeded, trainer
+from tests.callbacks.helpers import Classifier, InSetup, fit, network, overparam, same_tensors, seeded, trainer
 
 # Lightning's advice to resume with the same callbacks, which is what some of these tests do not do.
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using")
@@ -273,3 +273,91 @@ def test_what_is_trained_later_gets_its_mix_then_and_resumes(tmp_path: Path) -> 
     without = seeded(WithTeacher, 6)
     fit(without, tmp_path, max_epochs=3)
     assert same_tensors(plain.state_dict(), without.state_dict())
+
+
+# ---------------------------------------------------------------------- modules in files, and TorchScript
+
+
+class Given(Classifier):
+    """Has a network among its hyper-parameters, as Lightning's documentation advises against."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(dropout=0.0)
+        self.save_hyperparameters(ignore=[])
+        self.net = net
+        self.hparams.update(optimizer="adamw", shuffle=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["parts"] = [self.net[0], "first"]
+
+
+@pytest.mark.filterwarnings("ignore:Attribute 'net' is an instance of")
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_modules_in_a_checkpoint_are_plain(tmp_path: Path, weights_only: bool) -> None:
+    model = seeded(lambda: Given(network()))
+    collapsed = Collapsed()
+    fit(model, tmp_path, far(), collapsed, ModelCheckpoint(tmp_path, filename="x", save_weights_only=weights_only))
+    saved = torch.load(tmp_path / "x.ckpt", weights_only=False)
+    for part in (saved["hyper_parameters"]["net"], saved["parts"][0]):
+        assert all(type(layer).__module__.startswith("torch.") for layer in part.modules())
+    assert same_tensors(saved["hyper_parameters"]["net"].state_dict(), network_of(saved["state_dict"]))
+    assert saved["parts"][1] == "first"
+    loaded = Given.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=False)
+    assert [type(layer) for layer in loaded.modules()] == [type(layer) for layer in model.modules()]
+
+
+def network_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("net."): tensor for name, tensor in state.items()}
+
+
+def test_a_callback_that_trained_another_module_since_saves_the_weights_alone(tmp_path: Path) -> None:
+    shared, runs = far(), []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        run = trainer(tmp_path, shared, CollapseOnSave(verbose=False), max_epochs=1)
+        run.fit(Classifier())
+        runs.append(run)
+    with pytest.warns(UserWarning, match="trained another module since"):
+        runs[0].save_checkpoint(tmp_path / "first.ckpt")
+    runs[1].save_checkpoint(tmp_path / "second.ckpt")
+    first, second = (torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("first", "second"))
+    assert shared.state_key not in first["callbacks"] and shared.state_key in second["callbacks"]
+    assert same_tensors(first["state_dict"], runs[0].lightning_module.state_dict())
+    for name, run in zip(("first", "second"), runs, strict=True):
+        deployed = Classifier.load_from_checkpoint(tmp_path / f"{name}.deploy.ckpt")
+        assert same_tensors(deployed.state_dict(), run.lightning_module.state_dict())
+
+
+class Tied(Classifier):
+    """Two layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__(dropout=0.0)
+        self.net = nn.Sequential(nn.Linear(10, 10), nn.ReLU(), nn.Linear(10, 10), nn.Linear(10, 5))
+        self.net[2].weight = self.net[0].weight
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("build", [Classifier, Tied])
+def test_torchscript_takes_the_layers(tmp_path: Path, build: Any) -> None:
+    answers = []
+
+    class Scripts(pl.Callback):
+        def check(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+            training = pl_module.net.training
+            scripted = torch.jit.script(pl_module.net.eval())
+            inputs = torch.randn(3, 10)
+            answers.append(torch.equal(scripted(inputs), pl_module.net(inputs)))
+            scripted.save(tmp_path / "net.pt")
+            assert [name for name, _ in scripted.named_parameters()] == [
+                name for name, _ in pl_module.net.named_parameters()
+            ]
+            pl_module.net.train(training)
+
+        on_train_batch_end = on_validation_end = on_train_end = check
+
+    model = seeded(build)
+    fit(model, tmp_path, far(), Scripts(), max_epochs=1)
+    loaded, inputs = torch.jit.load(tmp_path / "net.pt"), torch.randn(3, 10)
+    assert torch.equal(loaded(inputs), model.net.eval()(inputs))
+    assert len(answers) == 7 and all(answers)

@@ -90,7 +90,7 @@ class Kernels(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.model = pl_module
 
-    def collapsed_weights(self) -> dict[str, Tensor]:
+    def collapsed_weights(self, model: nn.Module | None = None) -> dict[str, Tensor]:
         assert self.model is not None
         named = self.model.named_parameters(remove_duplicate=False)
         weights = {name: p.detach().double() for name, p in named if p.dim() > 1}

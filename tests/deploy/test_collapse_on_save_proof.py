@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pathlib
 import threading
 
 import pytest
 import torch
-from deploy_toys import Kernels, NoForward, Toy, data, fit, trainer
+from deploy_toys import Kernels, NoForward, Toy, data, fit, names, trainer
 from lightning.pytorch.callbacks import (
     ModelCheckpoint,
 )
@@ -199,6 +200,29 @@ class NeedsItsTrainer(Toy):
         return super().forward(x) / self.trainer.max_epochs
 
 
+class Asks(Toy):
+    """For more than a deploy file has."""
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["vocabulary"] = pathlib.PurePosixPath("a")
+
+    def on_load_checkpoint(self, checkpoint):
+        self.last_epoch = checkpoint["epoch"]
+
+
+def test_a_hook_that_asks_for_what_is_not_there_is_told(tmp_path):
+    run = trainer(tmp_path, CollapseOnSave(), ModelCheckpoint(tmp_path, filename="x"))
+    with pytest.raises(
+        CollapseError, match=r"on_load_checkpoint\(\) fails with it \(KeyError: 'epoch'\).*left out 'vocabulary'"
+    ):
+        run.fit(Asks(), data())
+    run = trainer(tmp_path, CollapseOnSave(on_mismatch="warn"), ModelCheckpoint(tmp_path, filename="y"), max_epochs=2)
+    with pytest.warns(UserWarning, match="on_load_checkpoint"):
+        run.fit(Asks(), data())
+    assert run.global_step == 6
+    assert "y.ckpt" in names(tmp_path) and "y.deploy.ckpt" not in names(tmp_path)
+
+
 def test_a_call_that_cannot_be_replayed_is_told(tmp_path):
     fit(tmp_path, Kernels(), CollapseOnSave(), ModelCheckpoint(tmp_path, filename="x"), model=NeedsItsTrainer())
     assert "forward could not be replayed (RuntimeError: NeedsItsTrainer" in verify(tmp_path / "x.deploy.ckpt")["note"]
@@ -236,8 +260,8 @@ def test_unused_layers_are_compared_too(tmp_path):
             self.idle = torch.nn.Linear(3, 3)
 
     class IdleKernels(Kernels):
-        def collapsed_weights(self):
-            weights = super().collapsed_weights()
+        def collapsed_weights(self, model=None):
+            weights = super().collapsed_weights(model)
             return {**weights, "idle.weight": weights["idle.weight"] + 0.5}
 
     run = trainer(tmp_path, IdleKernels(), CollapseOnSave(), ModelCheckpoint(tmp_path, filename="x"))

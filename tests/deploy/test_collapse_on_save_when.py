@@ -66,6 +66,17 @@ def test_only_best(tmp_path, io):
     assert [name for name in names(tmp_path) if ".deploy." in name] == [f"{best}.deploy.ckpt"]
 
 
+def test_the_best_of_a_resumed_run_takes_the_place_of_the_one_before(tmp_path):
+    model = Toy()
+    for epochs in (2, 4, 6):
+        checkpoints = ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=2, save_last=True, filename="{epoch}")
+        run = trainer(tmp_path, CollapseOnSave(only="best"), checkpoints, max_epochs=epochs)
+        run.fit(model, data(), data(), ckpt_path="last" if epochs > 2 else None)
+        best = os.path.basename(checkpoints.best_model_path).removesuffix(".ckpt")
+        assert [name for name in names(tmp_path) if ".deploy." in name] == [f"{best}.deploy.ckpt"]
+    assert best == "epoch=5"  # it was another one each time
+
+
 @pytest.mark.parametrize("save_last", [True, "link"])
 def test_only_last(tmp_path, save_last):
     checkpoints = ModelCheckpoint(tmp_path, save_last=save_last, save_top_k=-1, filename="{step}")
