@@ -92,7 +92,6 @@ class Method:
         name: of the method.
         title: in tables.
         options: what is tuned besides the task's options.
-        raised: by option of the task, what the upper limit of its range is multiplied by.
         callbacks: of the Trainer, with ``$name`` for the value of an option.
         without: options of the task that are not tuned.
         changes: made to the built module, as ``{name: arguments}``; see ``build.CHANGES``.
@@ -105,7 +104,6 @@ class Method:
     name: str
     title: str
     options: dict[str, Option]
-    raised: dict[str, float]
     callbacks: list[Any]
     without: tuple[str, ...] = ()
     changes: tuple[Config, ...] = ()
@@ -115,15 +113,7 @@ class Method:
 
     def space(self, task: Task) -> dict[str, Option]:
         """All that is tuned for the method on a task."""
-        space = {}
-        for name, option in task.options.items():
-            if name in self.without:
-                continue
-            values = option.values
-            if name in self.raised:
-                values = (values[0], values[1] * self.raised[name])
-            space[name] = Option(option.default, option.kind, values, option.key)
-        return {**space, **self.options}
+        return {**{name: option for name, option in task.options.items() if name not in self.without}, **self.options}
 
 
 @dataclass(frozen=True)

@@ -145,14 +145,13 @@ def read_task(name: str, folders: Sequence[Path]) -> Task:
 
 
 def _method(name: str, row: Mapping[str, Any]) -> Method:
-    known = [item.name.replace("raised", "raise") for item in fields(Method) if item.name != "name"]
+    known = [item.name for item in fields(Method) if item.name != "name"]
     check_names("methods.yaml", name, row, known)
     options = {key: _option(key, value) for key, value in row.get("options", {}).items()}
     return Method(
         name,
         row.get("title", name),
         options,
-        row.get("raise", {}),
         row.get("callbacks", []),
         tuple(row.get("without", ())),
         tuple(row.get("changes", ())),
