@@ -3,6 +3,7 @@
 import io
 import json
 import subprocess
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ pytest.importorskip("sklearn")
 from benchmarks.quality import __main__ as commands
 from benchmarks.quality import plan as planning
 from benchmarks.quality.__main__ import commit, main
+from benchmarks.quality.build import state_of
 from benchmarks.quality.config import StudyError
 from benchmarks.quality.execute import _Execution, execute
 from benchmarks.quality.place import Place, check_data, digests
@@ -51,6 +53,12 @@ TUNED = {**OTHER, "tuned": "plain"}
         ({"stages": [["plain", {**OTHER, "against": "plian"}]]}, "no variant plian"),
         ({"stages": [["plain", {**OTHER, "put": {"keep": "lst"}}]]}, "other keeps 'lst'"),
         ({"stages": [["plain", {**OTHER, "tunes": "plain"}]]}, "a row has no tunes"),
+        ({"stages": ["plain"]}, "stages are lists of rows, not 'plain'"),
+        ({"stages": [["plain", {**OTHER, "put": ["keep"]}]]}, "put of other is"),
+        ({"stages": [["plain", {**OTHER, "fixed": 3}]]}, "fixed of other is 3"),
+        ({"stages": [["plain", {**TUNED, "scale": {"lr": "big"}}]]}, "scale of other is .* factors are numbers"),
+        ({"stages": [["plain", {**OTHER, "tuned": "other"}]]}, "other takes its setting .* from itself"),
+        ({"refinements": -1}, "refinements is -1"),
     ],
 )
 def test_mistakes_in_a_study_are_told_with_the_file(tmp_path, changes, message):
@@ -73,6 +81,32 @@ def test_misspelt_names_of_methods_and_options_are_told():
         reading._method("mine", {"callback": []})
     with pytest.raises(StudyError, match=r"option decay: it has no defualt"):
         reading._method("mine", {"options": {"decay": {"choice": [1, 2], "defualt": 1}}})
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"log": [0.1, 1.0]}, "spaces/tiny.yaml: option lr needs key"),
+        ({"kay": "model.init_args.lr", "log": [0.1, 1.0]}, "spaces/tiny.yaml: option lr has no kay"),
+        (
+            {"key": "modle.init_args.lr", "log": [0.1, 1.0]},
+            "option lr needs a default, for the task has no modle.init_args.lr",
+        ),
+        ({"key": "model.init_args.lr", "log": [0.1]}, "option lr: log is .* a lower and a higher limit, above 0"),
+        ({"key": "model.init_args.lr", "log": [0, 0.1]}, "option lr: log is .* above 0"),
+        ({"key": "model.init_args.lr", "uniform": [0.2, 0.1]}, "option lr: uniform is .* a lower and a higher limit$"),
+        ({"key": "model.init_args.lr", "uniform": [0.1, "much"]}, "option lr: uniform is"),
+        ({"key": "model.init_args.lr", "choice": []}, "option lr: choice is"),
+        ({"key": "model.init_args.lr"}, "option lr: it needs a default and one of log"),
+    ],
+)
+def test_mistakes_in_a_space_are_told(tmp_path, option, message):
+    path = write_study(tmp_path)
+    space = yaml.safe_load((tmp_path / "spaces" / "tiny.yaml").read_text())
+    space["options"]["lr"] = option
+    (tmp_path / "spaces" / "tiny.yaml").write_text(yaml.safe_dump(space))
+    with pytest.raises(StudyError, match=message):
+        read_study(str(path))
 
 
 def test_a_row_that_cannot_be_built_does_not_stop_the_others(tmp_path):
@@ -125,6 +159,23 @@ def test_a_score_that_is_no_metric_is_told_after_the_first_run(study, tmp_path):
     execution = _Execution(study, Store(tmp_path), Place(None, str(tmp_path), "cpu"), 1, None, Console(file=io.StringIO()))
     with pytest.raises(StudyError, match="task tiny: score is acc, but there is no val_acc"):
         finish(execution, study, line({"metrics": {"val_loss": 0.5, "val_accuracy": 0.5, "epochs": 1}}))
+
+
+def test_what_was_begun_is_kept_when_a_study_ends_early(study, tmp_path):  # noqa: F811
+    execution = _Execution(study, Store(tmp_path), Place(None, str(tmp_path), "cpu"), 1, None, Console(file=io.StringIO()))
+    slots = [slot for slot in planning.plan(study, {}) if slot.run][:3]
+    metrics = {"val_loss": 0.5, "val_accuracy": 0.5, "epochs": 1}
+    for slot in slots[:2]:
+        future = Future()
+        future.set_result(line({**fake(slot.run, 0.5), "metrics": metrics}))
+        execution.running[future] = slot
+    failed = Future()
+    failed.set_result({"key": slots[2].run.key, "error": "an error"})
+    execution.running[failed] = slots[2]
+    with pytest.raises(StudyError, match="no val_acc"):
+        execution._finish(slots[0], line({**fake(slots[0].run, 0.5), "metrics": metrics}))
+    execution._keep_what_runs()
+    assert Store(tmp_path).read(["tiny"]).results.keys() == {slot.run.key for slot in slots[:2]}
 
 
 def test_rows_of_which_all_trials_diverged_are_named(study, tmp_path):  # noqa: F811
@@ -182,6 +233,43 @@ def test_a_line_that_is_no_result_is_told(tmp_path, capsys):
     assert main(["table", "--study", str(path), "--results", str(tmp_path / "file")]) == 2
     with pytest.raises(SystemExit):
         main(["estimate", "--study", str(path), "--jobs", "0"])
+
+
+def test_folders_that_cannot_be_written_are_told_before_anything_is_trained(tmp_path, capsys):
+    path = write_study(tmp_path)
+    (tmp_path / "file").write_text("")
+    for option, other in (("--results", "--networks"), ("--networks", "--results")):
+        words = ["run", "--study", path, option, tmp_path / "file", other, tmp_path / "folder"]
+        assert main([str(word) for word in words]) == 2
+        said = capsys.readouterr()
+        assert f"{option}: nothing can be written into {tmp_path / 'file'}" in said.err
+        assert "tiny" not in said.out
+
+
+def test_a_damaged_network_is_named(study, tmp_path):  # noqa: F811
+    run = planning.trials(study, study.tasks["tiny"], study.variants["plain"])[0]
+    place = Place(None, str(tmp_path), "cpu")
+    place.network(run.key).write_bytes(b"12")
+    with pytest.raises(StudyError, match=f"{run.key}.safetensors is damaged .* remove it"):
+        state_of(run, place)
+
+
+def test_a_broken_last_line_is_told_and_a_result_without_a_loss_is_none(study, tmp_path, capsys):  # noqa: F811
+    run = planning.trials(study, study.tasks["tiny"], study.variants["plain"])[0]
+    good = json.dumps(line(fake(run, 0.5)))
+    (tmp_path / "tiny.jsonl").write_text(f"{good}\n{good[:20]}")
+    store = Store(tmp_path)
+    for _ in range(2):
+        assert store.read(["tiny"]).results.keys() == {run.key}
+    assert capsys.readouterr().err.count("tiny.jsonl: the last line is broken and is left out") == 1
+    (tmp_path / "tiny.jsonl").write_text(json.dumps(line({**fake(run, 0.5), "metrics": {}})))
+    with pytest.raises(StudyError, match="line 1 is not the result of a run"):
+        store.read(["tiny"])
+
+
+def test_tasks_that_no_study_has_are_told(capsys):
+    assert main(["estimate", "--study", "ablation_*", "--tasks", "nope"]) == 2
+    assert "none of the studies ablation_* has the tasks nope" in capsys.readouterr().err
 
 
 def test_the_first_result_of_a_run_counts(study, tmp_path):  # noqa: F811

@@ -21,6 +21,7 @@ import argparse
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -63,6 +64,8 @@ def main(words: Sequence[str] | None = None) -> int:
         found = [read_study(name) for name in find_studies(options.study)]
         if "*" in options.study:  # of several, those that have the tasks
             found = [study for study in found if set(options.tasks or ()) <= set(study.tasks)]
+            if not found:
+                raise StudyError(f"none of the studies {options.study} has the tasks {', '.join(options.tasks)}")
         studies = [study.only(options.tasks, options.methods) for study in found]
         status = max((do(study, options) for study in studies), default=0)
         if options.command == "table" and len(studies) > 1:
@@ -122,6 +125,8 @@ def command_of(options: argparse.Namespace, name: str) -> str:
 def run(study: Study, store: Store, options: argparse.Namespace) -> int:
     """Perform what is not finished."""
     place = place_of(study, store, options)
+    for option in ("results", "networks"):  # before anything is trained
+        check_folder(getattr(options, option), f"--{option}")
     return 1 if execute(study, store, place, jobs=options.jobs, minutes=options.limit_minutes) else 0
 
 
@@ -169,6 +174,16 @@ def place_of(study: Study, store: Store, options: argparse.Namespace) -> Place:
         check_data(task.name, found.get(task.name, {}), store.results)
     data = str(options.data) if options.data else None
     return Place(data, str(options.networks), options.accelerator, commit(), found)
+
+
+def check_folder(folder: Path, option: str) -> None:
+    """That files can be written into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise StudyError(f"{option}: nothing can be written into {folder} ({error})") from error
 
 
 def commit() -> str | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningCLI
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -91,5 +92,13 @@ def network_of(run: Run, place: Place) -> Any:
 
 
 def state_of(run: Run, place: Place) -> dict[str, Tensor]:
-    """The kept weights of a run."""
-    return load_file(place.network(run.key))
+    """The kept weights of a run.
+
+    Raises:
+        StudyError: their file is damaged.
+    """
+    path = place.network(run.key)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise StudyError(f"{path} is damaged ({error}); remove it, and the network is trained again") from error

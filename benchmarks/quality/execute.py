@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import multiprocessing
 import multiprocessing.connection
@@ -105,6 +106,9 @@ class _Execution:
             except BrokenProcessPool:
                 self.console.print("a worker was killed (out of memory, perhaps); start the study again to go on")
                 return 1
+            except Exception:
+                self._keep_what_runs()
+                raise
         if self.errors:
             self.console.print(f"{len(self.errors)} runs had errors; they are tried again when the study is started again")
         return len(self.errors)
@@ -161,8 +165,16 @@ class _Execution:
             while not (done := wait(self.running, timeout=1, return_when=FIRST_COMPLETED).done):
                 self._show(progress, bar, estimate)
             for future in done:
-                self._finish(self.running.pop(future), future.result())
+                self._finish(self.running[future], future.result())
+                del self.running[future]
             self._show(progress, bar, Estimate(self.study, self.store.results))
+
+    def _keep_what_runs(self) -> None:
+        """The study ends: nothing that was begun is lost."""
+        for future in wait(self.running).done:
+            with contextlib.suppress(Exception):
+                if "error" not in (result := future.result()):
+                    self.store.add(result)
 
     def _say_what_waits(self) -> None:
         """For rows that are not part of this run or had errors, and for steps that `time` has not timed yet."""
@@ -176,7 +188,8 @@ class _Execution:
         if lost:
             self.console.print(f"all trials diverged, and no setting can be chosen: {', '.join(lost)}")
         if waiting:
-            self.console.print(f"waiting for settings, networks or times of other rows: {', '.join(waiting)}")
+            of = f", those of {', '.join(self.study.bases)} perhaps" if self.study.bases else ""
+            self.console.print(f"waiting for settings, networks or times of other rows{of}: {', '.join(waiting)}")
 
     def _finish(self, slot: Slot, result: dict[str, Any]) -> None:
         name = f"{slot.task} {slot.row} {slot.phase} {slot.index}"

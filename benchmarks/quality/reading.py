@@ -43,6 +43,9 @@ def read_study(name: str) -> Study:
     for name, kind in {**dict.fromkeys(("tasks", "stages", "seeds", "bases"), list), "keys": dict, **NUMBERS}.items():
         if not isinstance(document[name], kind) or (name in NEEDED and not document[name]):
             raise StudyError(f"{path}: {name} is {document[name]!r}, no {kind.__name__} with something in it")
+    for stage in document["stages"]:
+        if not isinstance(stage, list):
+            raise StudyError(f"{path}: stages are lists of rows, not {stage!r}")
     methods = {key: _method(key, value or {}) for key, value in read_yaml(HERE / "methods.yaml").items()}
     stages = [[_variant(path, row, methods, document["keys"]) for row in stage] for stage in document["stages"]]
     tasks = {task: read_task(task, [path.parent, HERE]) for task in document["tasks"]}
@@ -83,6 +86,8 @@ def _check_study(path: Path, study: Study) -> None:
             raise StudyError(f"{path}: more than one {word} {', '.join(sorted(twice))}; each needs a name of its own")
     if not all(isinstance(seed, int) for seed in study.seeds):
         raise StudyError(f"{path}: seeds are whole numbers, not {study.seeds}")
+    if study.refinements < 0:
+        raise StudyError(f"{path}: refinements is {study.refinements}, less than 0")
     searched = [row.name for row in study.known.values() if row.tuned is None]
     if searched and study.trials < 1:
         raise StudyError(f"{path}: {', '.join(searched)} need trials: 1 or more, or the setting of another row (tuned)")
@@ -121,6 +126,14 @@ def _variant(path: Path, row: Any, methods: Mapping[str, Method], keys: Mapping[
     if row.get("method") not in methods:
         raise StudyError(f"{path}: no method {row.get('method')!r}; there are {', '.join(methods)}")
     check_names(path, "a row", row, [item.name for item in fields(Variant)])
+    name = row.get("name", row["method"])
+    for part in ("fixed", "scale", "put"):
+        if not isinstance(row.get(part, {}), dict):
+            raise StudyError(f"{path}: {part} of {name} is {row[part]!r}, no names with values")
+    if not all(_is_number(factor) for factor in row.get("scale", {}).values()):
+        raise StudyError(f"{path}: scale of {name} is {row['scale']!r}; factors are numbers")
+    if row.get("tuned") == name:
+        raise StudyError(f"{path}: {name} takes its setting (tuned) from itself; leave that out for trials of its own")
     values = {}
     for key, value in row.get("put", {}).items():
         first, dot, rest = key.partition(".")
@@ -139,7 +152,10 @@ def read_task(name: str, folders: Sequence[Path]) -> Task:
     start = config.pop("start", None)
     options = {}
     for option, row in space["options"].items():
+        check_names(f"spaces/{name}.yaml", f"option {option}", row, OPTION, ("key",))
         default = get(config, row["key"], row.get("default", 0.0 if option == "dropout" else None))
+        if default is None:
+            raise StudyError(f"spaces/{name}.yaml: option {option} needs a default, for the task has no {row['key']}")
         options[option] = _option(option, {**row, "default": default})
     return Task(name, space["title"], space["score"], config, options, None if start is None else read_task(start, folders))
 
@@ -162,11 +178,26 @@ def _method(name: str, row: Mapping[str, Any]) -> Method:
 
 
 def _option(name: str, row: Mapping[str, Any]) -> Option:
-    kind = next((kind for kind in ("log", "uniform", "choice") if kind in row), None)
-    check_names(f"option {name}", "it", row, ("log", "uniform", "choice", "default", "key", "relative"))
+    kind = next((kind for kind in KINDS if kind in row), None)
+    check_names(f"option {name}", "it", row, OPTION)
     if kind is None or row.get("default") is None:
         raise StudyError(f"option {name}: it needs a default and one of log, uniform and choice")
+    values = row[kind]
+    if not isinstance(values, list) or not values:
+        raise StudyError(f"option {name}: {kind} is {values!r}, no list with something in it")
+    limits = [value for value in (*values, row["default"]) if _is_number(value) and (kind != "log" or value > 0)]
+    if kind != "choice" and (len(limits) != 3 or not limits[0] < limits[1]):
+        above = ", above 0 as the default is" if kind == "log" else ""
+        raise StudyError(f"option {name}: {kind} is {values!r}; it takes a lower and a higher limit{above}")
     return Option(row["default"], kind, tuple(row[kind]), row.get("key", ""), row.get("relative", False))
+
+
+KINDS = ("log", "uniform", "choice")
+OPTION = (*KINDS, "default", "key", "relative")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def read_yaml(path: Path) -> Config:

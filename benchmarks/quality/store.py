@@ -29,6 +29,7 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.results: dict[str, Result] = {}
+        self._told: set[Path] = set()
 
     def read(self, tasks: Iterable[str]) -> Store:
         """Read what there is of some tasks."""
@@ -38,7 +39,11 @@ class Store:
                 with path.open("rb") as file:
                     fcntl.flock(file, fcntl.LOCK_SH)
                     content = file.read()
-                for result in _lines(path, content)[0]:
+                found, whole = _lines(path, content)
+                if whole < len(content) and path not in self._told:
+                    self._told.add(path)
+                    print(f"{path}: the last line is broken and is left out", file=sys.stderr)
+                for result in found:
                     self.results.setdefault(result["key"], result)
         return self
 
@@ -66,6 +71,11 @@ class Store:
 NEEDED = {"key", "task", "method", "phase", "status", "metrics", "cost", "environment"}
 
 
+def _measured(result: Result) -> bool:
+    """Whether a run that ended well says how well."""
+    return result["status"] != "done" or "val_loss" in result["metrics"]
+
+
 def _lines(path: Path, content: bytes) -> tuple[list[Result], int]:
     """All results of a file, and how many bytes they are: a killed process may have left a last line that is broken."""
     lines = content.splitlines(keepends=True)
@@ -77,7 +87,7 @@ def _lines(path: Path, content: bytes) -> tuple[list[Result], int]:
             if number < len(lines):
                 raise StudyError(f"{path}: line {number} is no JSON; restore or remove it") from error
             return found, len(content) - len(line)
-        if not isinstance(result, dict) or not result.keys() >= NEEDED:
+        if not isinstance(result, dict) or not result.keys() >= NEEDED or not _measured(result):
             raise StudyError(f"{path}: line {number} is not the result of a run; restore or remove it")
         found.append(result)
     return found, len(content)

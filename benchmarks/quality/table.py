@@ -38,7 +38,7 @@ COSTS = (
     "Both depend on what else ran there, and compare badly. *A step*: time of a step of the row's own training relative "
     "to plain (or what the row is compared with), the two in turns in one process, by `python -m benchmarks.quality "
     "time`: median and range over rounds. *FLOPs*: of forward and backward; mixing kernels, averaging weights and "
-    "estimating BatchNorm anew are in the seconds only."
+    "estimating BatchNorm anew are in the seconds only, the latter for SWA in the CPU seconds only."
 )
 
 SUMMARY = (

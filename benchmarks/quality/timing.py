@@ -57,10 +57,11 @@ def measure(run: Run, other: Run, place: Place, rounds: int = ROUNDS) -> dict[st
         A line of results, with the ratio of each round.
     """
     ratios, seconds = [], []
-    for _ in range(rounds):
-        its, own = step_seconds(other, place), step_seconds(run, place)
-        ratios.append(own / its)
-        seconds.append(own)
+    for number in range(rounds):
+        first, second = (run, other) if number % 2 else (other, run)
+        found = {one.key: step_seconds(one, place) for one in (first, second)}
+        ratios.append(found[run.key] / found[other.key])
+        seconds.append(found[run.key])
     what = {name: getattr(run, name) for name in ("task", "method", "setting", "seed", "split")}
     cost = {"ratios": ratios, "step_seconds": statistics.median(seconds)}
     line = {"key": timing_key(run, other), **what, "phase": TIME, "status": "timed", "reason": None, "against": other.key}
