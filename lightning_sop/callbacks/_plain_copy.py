@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -38,14 +39,20 @@ def plain_copy(module: pl.LightningModule) -> pl.LightningModule:
     return twin
 
 
-def without_forms(value: Any) -> Any:
-    """A value with the modules in it that hold training forms as copies that do not; the value itself, if there are none."""
-    if isinstance(value, nn.Module):
-        return _bare_copy(value, {}) if any(isinstance(part, _FORMS) for part in value.modules()) else value
-    if not isinstance(value, (dict, list)):
+def without_forms(value: Any, above: tuple[int, ...] = ()) -> Any:
+    """A value with the modules in it that hold training forms as copies that do not; the value itself, if there are none.
+
+    Args:
+        value: dicts and lists of anything are looked into.
+        above: identities of those that it is in, which it may hold itself.
+    """
+    if isinstance(value, nn.Module) and any(isinstance(part, _FORMS) for part in value.modules()):
+        with contextlib.suppress(Exception):  # what cannot be copied is saved as it is
+            return _bare_copy(value, {})
+    if not isinstance(value, (dict, list)) or id(value) in above:
         return value
     items = list(value.items() if isinstance(value, dict) else enumerate(value))
-    bare = [(key, without_forms(item)) for key, item in items]
+    bare = [(key, without_forms(item, (*above, id(value)))) for key, item in items]
     if all(new is old for (_, new), (_, old) in zip(bare, items, strict=True)):
         return value
     result = copy.copy(value)

@@ -30,8 +30,6 @@ _WEIGHTS_ONLY = (
     "SimulatedOverparam: a weights-only checkpoint has no optimizer state to resume from. Begin a new run from its weights: "
     "Model.load_from_checkpoint(path), then fit without ckpt_path, and not with init='independent'."
 )
-
-
 _ANOTHER_MODEL = (
     "SimulatedOverparam: the checkpoint has the trained weights but no larger tensors, for this callback trained another "
     "module since. To resume from what a Trainer saves later, give it a callback of its own."

@@ -289,6 +289,7 @@ class Given(Classifier):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["parts"] = [self.net[0], "first"]
+        checkpoint["parts"].append(checkpoint["parts"])
 
 
 @pytest.mark.filterwarnings("ignore:Attribute 'net' is an instance of")
