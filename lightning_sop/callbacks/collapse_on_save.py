@@ -170,6 +170,10 @@ class CollapseOnSave(Callback):
                 raise
             warnings.warn(str(error), stacklevel=2)  # only one process writes
             return None
+        namesake = next((p for p in self._written if p != path and deploy_path(p, self.format) == target), None)
+        if namesake is not None:
+            del self._written[namesake]
+            warnings.warn(f"{target} is that of {path} from now on, no longer that of {namesake}.", stacklevel=2)
         self._written[path] = content.receipt
         self._unsynced = True
         write = WriteJob(path, content, options, self.keep_training_file, wanted=lambda: path in self._written)

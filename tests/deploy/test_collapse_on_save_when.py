@@ -109,6 +109,9 @@ def test_manual_saves_with_any_suffix_and_after_fit(tmp_path):
     assert names(tmp_path) == ["a.deploy.ckpt", "a.pth", "b", "b.deploy.ckpt", "c=0.25", "c=0.25.deploy.ckpt"]
     assert not differing(model, Toy.load_from_checkpoint(tmp_path / "c=0.25.deploy.ckpt"))
     assert verify(tmp_path / "b.deploy.ckpt")["output_difference"] == 0
+    with pytest.warns(UserWarning, match=r"b\.deploy\.ckpt is that of .*b\.best from now on, no longer that of .*b\."):
+        run.save_checkpoint(tmp_path / "b.best")
+    assert verify(tmp_path / "b.deploy.ckpt")["training_file"] == "b.best"
 
 
 def test_remote_folder(tmp_path):
