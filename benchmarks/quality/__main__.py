@@ -10,9 +10,10 @@
 A study is a file in benchmarks/quality/studies, or a path: core; variants, defaults and tuned_options, about the options of
 Majority Kernels; averages; same_setting, without what the search leaves to chance; last_epoch, without tuning and early
 stopping; small, the larger tasks in small; the larger gpu and gpu_finetune; and mechanism and ablation_*, whose rows begin
-with the settings that core has chosen. Every finished run is a line in RESULTS/TASK.jsonl; a study that was stopped or killed goes on where it was. Networks that others are made of
-are kept in the folder given by --networks; one that is lost is trained again. Settings are chosen on a seed of their own
-by the validation loss; the test is read once for each final run.
+with the settings that core has chosen. Every finished run is a line in RESULTS/TASK.jsonl; a study that was stopped or
+killed goes on where it was. Networks that others are made of are kept in the folder given by --networks; one that is lost
+is trained again. Settings are chosen on a seed of their own by the validation loss; the test is read once for each final
+run.
 """
 
 from __future__ import annotations
