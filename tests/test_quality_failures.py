@@ -97,6 +97,7 @@ def test_misspelt_names_of_methods_and_options_are_told():
         ({"key": "model.init_args.lr", "uniform": [0.2, 0.1]}, "option lr: uniform is .* a lower and a higher limit$"),
         ({"key": "model.init_args.lr", "uniform": [0.1, "much"]}, "option lr: uniform is"),
         ({"key": "model.init_args.lr", "choice": []}, "option lr: choice is"),
+        ({"key": "model.init_args.net", "log": [0.1, 1.0]}, "option lr: its default is 'mlp', no number"),
         ({"key": "model.init_args.lr"}, "option lr: it needs a default and one of log"),
     ],
 )

@@ -185,10 +185,12 @@ def _option(name: str, row: Mapping[str, Any]) -> Option:
     values = row[kind]
     if not isinstance(values, list) or not values:
         raise StudyError(f"option {name}: {kind} is {values!r}, no list with something in it")
-    limits = [value for value in (*values, row["default"]) if _is_number(value) and (kind != "log" or value > 0)]
-    if kind != "choice" and (len(limits) != 3 or not limits[0] < limits[1]):
-        above = ", above 0 as the default is" if kind == "log" else ""
+    limits = [value for value in values if _is_number(value) and (kind != "log" or value > 0)]
+    if kind != "choice" and (len(limits) != len(values) or len(limits) != 2 or not limits[0] < limits[1]):
+        above = ", above 0" if kind == "log" else ""
         raise StudyError(f"option {name}: {kind} is {values!r}; it takes a lower and a higher limit{above}")
+    if kind != "choice" and not _is_number(row["default"]):
+        raise StudyError(f"option {name}: its default is {row['default']!r}, no number")
     return Option(row["default"], kind, tuple(row[kind]), row.get("key", ""), row.get("relative", False))
 
 
