@@ -182,16 +182,17 @@ def _option(name: str, row: Mapping[str, Any]) -> Option:
     check_names(f"option {name}", "it", row, OPTION)
     if kind is None or row.get("default") is None:
         raise StudyError(f"option {name}: it needs a default and one of log, uniform and choice")
-    values = row[kind]
+    values, default = row[kind], row["default"]
     if not isinstance(values, list) or not values:
         raise StudyError(f"option {name}: {kind} is {values!r}, no list with something in it")
-    limits = [value for value in values if _is_number(value) and (kind != "log" or value > 0)]
-    if kind != "choice" and (len(limits) != len(values) or len(limits) != 2 or not limits[0] < limits[1]):
-        above = ", above 0" if kind == "log" else ""
-        raise StudyError(f"option {name}: {kind} is {values!r}; it takes a lower and a higher limit{above}")
-    if kind != "choice" and not _is_number(row["default"]):
-        raise StudyError(f"option {name}: its default is {row['default']!r}, no number")
-    return Option(row["default"], kind, tuple(row[kind]), row.get("key", ""), row.get("relative", False))
+    if kind != "choice":
+        numbers = len(values) == 2 and all(map(_is_number, values))
+        if not (numbers and values[0] < values[1] and (kind == "uniform" or values[0] > 0)):
+            above = ", above 0" if kind == "log" else ""
+            raise StudyError(f"option {name}: {kind} is {values!r}; it takes a lower and a higher limit{above}")
+        if not _is_number(default):
+            raise StudyError(f"option {name}: its default is {default!r}, no number")
+    return Option(default, kind, tuple(values), row.get("key", ""), row.get("relative", False))
 
 
 KINDS = ("log", "uniform", "choice")

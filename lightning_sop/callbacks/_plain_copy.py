@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.compile import to_uncompiled
 from torch import nn
 
 from lightning_sop.deploy.content import DeployContent
+from lightning_sop.deploy.errors import CollapseError
 from lightning_sop.reparam.form import TrainingForm
 from lightning_sop.reparam.tied import TiedForm
 
@@ -88,8 +89,21 @@ def _unwatch(twin: nn.Module) -> None:
 
 
 def load_as_lightning_does(module: nn.Module, content: DeployContent) -> None:
-    """Load a deploy file's content into a module the way ``load_from_checkpoint`` does."""
+    """Load a deploy file's content into a module the way ``load_from_checkpoint`` does.
+
+    Raises:
+        CollapseError: The module's ``on_load_checkpoint()`` fails with it.
+    """
     assert isinstance(module, pl.LightningModule)
     checkpoint = content.as_checkpoint()
-    module.on_load_checkpoint(checkpoint)
+    try:
+        module.on_load_checkpoint(checkpoint)
+    except Exception as error:  # the user's own code
+        omitted = f" It left out {', '.join(map(repr, content.omitted))}, which is no plain data." if content.omitted else ""
+        raise CollapseError(
+            "The deploy file cannot be loaded into the plain model: on_load_checkpoint() fails with it "
+            f"({type(error).__name__}: {error}). It has weights, hyper-parameters and what on_save_checkpoint() adds "
+            f"(tensors, numbers, strings, lists and dicts), and nothing else of the training.{omitted} Let "
+            "on_load_checkpoint() do without what is missing."
+        ) from error
     module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)

@@ -109,7 +109,9 @@ def _gap(expected: _Answers, measured: _Answers) -> Difference:
 def _loaded(module: nn.Module, load: Load, content: DeployContent, left_out: Sequence[str] = ()) -> nn.Module:
     try:
         load(module, content)
-    except RuntimeError as error:
+    except CollapseError:  # that says more
+        raise
+    except Exception as error:  # of the user's own set_extra_state(), too
         hint = (
             f" The file has no {', '.join(map(repr, left_out))}, which the module gives as something else than plain data: "
             "let its get_extra_state() return tensors, numbers, strings, lists and dicts, and use format='ckpt'."
@@ -117,14 +119,6 @@ def _loaded(module: nn.Module, load: Load, content: DeployContent, left_out: Seq
             else ""
         )
         raise CollapseError(f"The deploy file's weights do not fit the plain model: {error}{hint}") from error
-    except Exception as error:  # of the module's own hooks
-        omitted = f" It left out {', '.join(map(repr, content.omitted))}, which is no plain data." if content.omitted else ""
-        raise CollapseError(
-            "The deploy file cannot be loaded into the plain model: on_load_checkpoint() fails with it "
-            f"({type(error).__name__}: {error}). It has weights, hyper-parameters and what on_save_checkpoint() adds "
-            f"(tensors, numbers, strings, lists and dicts), and nothing else of the training.{omitted} Let "
-            "on_load_checkpoint() do without what is missing."
-        ) from error
     return module
 
 

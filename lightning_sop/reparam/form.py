@@ -36,19 +36,20 @@ class TrainingForm(nn.Module):
         self._owner, self._name = owner, name
         self.method, self.site, self.seed = method, site, seed
         self.engine: object = None  # whoever trains through this form
-        self.mixed = False  # what the weight holds now: the mix, or the collapsed weight
-        self.mix: Tensor | None = None  # the mix of the current step
+        self.mixed: bool  # what the weight holds now: the mix, or the collapsed weight
+        self.mix: Tensor | None  # the mix of the current step
         self.drawn_at = 0.0  # the part of the training that was done when it was drawn
-        self.trained: bool | None = None  # whether a step ever had a gradient for it; None before the first
-        self.storage: list[Tensor] = []  # the memory of φ
-        self.phi: list[nn.Parameter] = []  # φ as the optimizer sees it: views of storage
-        self._gradients: list[Tensor] = []
-        self._gradient_storage: list[Tensor] = []
+        self.trained: bool | None  # whether a step ever had a gradient for it; None before the first
+        self.storage: list[Tensor]  # the memory of φ
+        self.phi: list[nn.Parameter]  # φ as the optimizer sees it: views of storage
+        self._gradients: list[Tensor]
+        self._gradient_storage: list[Tensor]
         self._addresses: list[int] = []  # of φ's memory, to notice optimizers that replace ``φ.data``
-        self._written: Tensor | None = None  # what was last written into the weight, to notice writes by others
+        self._written: Tensor | None  # what was last written into the weight, to notice writes by others
         self._written_version = 0
-        self._version_guard: tuple[Any, int] | None = None
-        self._mixed_grad: tuple[Tensor, int] | None = None  # the gradient, as it was when a mix gave way to the mean
+        self._version_guard: tuple[Any, int] | None
+        self._mixed_grad: tuple[Tensor, int] | None  # the gradient, as it was when a mix gave way to the mean
+        self.discard()
         self.training = owner.training
 
     @property
