@@ -104,6 +104,7 @@ class _Execution:
                 pool.shutdown(wait=False, cancel_futures=True)
                 os._exit(130)
             except BrokenProcessPool:
+                self._keep_what_runs()
                 self.console.print("a worker was killed (out of memory, perhaps); start the study again to go on")
                 return 1
             except Exception:
