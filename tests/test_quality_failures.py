@@ -27,6 +27,7 @@ from tests.test_quality import STUDY, TASK, fake, random_state, study, write_stu
 
 OTHER = {"name": "other", "method": "plain"}
 TUNED = {**OTHER, "tuned": "plain"}
+LEAN = {"name": "plain", "method": "plain"}
 
 
 @pytest.mark.parametrize(
@@ -50,14 +51,28 @@ TUNED = {**OTHER, "tuned": "plain"}
             r"other \(scale\): plain has no epoch",
         ),
         ({"stages": [["plain", {**OTHER, "fixed": {"epoch": 1}}]]}, "other .* no epoch; there are dropout, epochs, lr"),
-        ({"stages": [["plain", {**OTHER, "against": "plian"}]]}, "no variant plian"),
+        (
+            {"stages": [["plain", {**OTHER, "against": "plian"}]]},
+            r"other is compared \(against\) with plian, none of the rows",
+        ),
         ({"stages": [["plain", {**OTHER, "put": {"keep": "lst"}}]]}, "other keeps 'lst'"),
         ({"stages": [["plain", {**OTHER, "tunes": "plain"}]]}, "a row has no tunes"),
         ({"stages": ["plain"]}, "stages are lists of rows, not 'plain'"),
         ({"stages": [["plain", {**OTHER, "put": ["keep"]}]]}, "put of other is"),
         ({"stages": [["plain", {**OTHER, "fixed": 3}]]}, "fixed of other is 3"),
         ({"stages": [["plain", {**TUNED, "scale": {"lr": "big"}}]]}, "scale of other is .* factors are numbers"),
-        ({"stages": [["plain", {**OTHER, "tuned": "other"}]]}, "other takes its setting .* from itself"),
+        ({"stages": [["plain", {**OTHER, "tuned": "other"}]]}, "rows need each other.*: tiny_study/other$"),
+        ({"stages": [[{**OTHER, "tuned": "plain"}, {**LEAN, "tuned": "other"}]]}, "rows need each other.*: tiny_study/"),
+        ({"stages": [["plain", {**TUNED, "steps_of": "other"}]]}, "rows need each other.*: tiny_study/other$"),
+        ({"stages": [["plain", None]]}, "a row is a method's name .* None"),
+        ({"stages": [["plain", ["ema"]]]}, "a row is a method's name .*ema"),
+        ({"stages": [["plain", {**TUNED, "method": "ema"}]]}, "other on tiny: .*decay is no option"),
+        (
+            {"stages": [["plain", {**OTHER, "put": {"trainer.callbacks.3.every": 1}}]]},
+            "other on tiny: trainer.callbacks.3.every",
+        ),
+        ({"stages": [["plain", {**OTHER, "put": {"model.class_path.a": 1}}]]}, "'lightning_sop.*' on its way has no names"),
+        ({"bases": ["tiny_study"]}, "it is a base of itself: tiny_study"),
         ({"refinements": -1}, "refinements is -1"),
     ],
 )
@@ -110,13 +125,13 @@ def test_mistakes_in_a_space_are_told(tmp_path, option, message):
         read_study(str(path))
 
 
-def test_a_row_that_cannot_be_built_does_not_stop_the_others(tmp_path):
+def test_a_row_that_cannot_be_built_is_told_before_the_others_are_run(tmp_path):
     wrong = {**OTHER, "name": "wrong", "put": {"model.init_args.widht": 3}}
     found = read_study(str(write_study(tmp_path, stages=[[wrong, "plain"]], trials=1, seeds=[0])))
     store, said = Store(tmp_path / "results"), io.StringIO()
     place = Place(None, str(tmp_path / "networks"), "cpu")
     assert execute(found, store, place, jobs=1, console=Console(file=said, width=200)) == 1
-    assert "tiny wrong tune 0: error" in said.getvalue()
+    assert "tiny wrong cannot be run: a configuration that LightningCLI refuses" in said.getvalue()
     assert "widht" in said.getvalue()
     assert sorted(result["phase"] for result in store.results.values()) == ["final", "tune"]
 

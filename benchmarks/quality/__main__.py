@@ -13,7 +13,16 @@ stopping; small, the larger tasks in small; the larger gpu and gpu_finetune; and
 with the settings that core has chosen. Every finished run is a line in RESULTS/TASK.jsonl; a study that was stopped or
 killed goes on where it was. Networks that others are made of are kept in the folder given by --networks; one that is lost
 is trained again. Settings are chosen on a seed of their own by the validation loss; the test is read once for each final
-run.
+run. Several of these commands may work on one study at the same time: each run is begun by one of them.
+
+A task of your own is tasks/NAME.yaml, a configuration of LightningCLI in full (class_path and init_args) with
+trainer.max_epochs, and spaces/NAME.yaml with its title, its score, whether that is better if higher, and the options that
+are searched for all methods; "lr" is the one that further trials bracket. Both lie beside the study. Its module logs
+val_loss and test_loss, and val_SCORE and test_SCORE, once in each epoch; its data module has all three loaders. An argument
+"seed" of the data, where the task names it, is the split's: without one all seeds have the same split. Arguments "path" and
+"root" are below --data, and are guarded against other files. Some methods ask for more: distilled and k_ensemble for
+classification, with logits from forward(batch[0]), and k_ensemble for them from a part "net"; gradient_penalty and SGD for
+attributes "lr" and "weight_decay"; wide and wide_reduced for layers that they know (benchmarks/quality/baselines/wide.py).
 """
 
 from __future__ import annotations

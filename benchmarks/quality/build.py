@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -62,6 +63,7 @@ class BuildCLI(LightningCLI):
 
 def build(config: Config, place: Place, seed: int) -> BuildCLI:
     """Model, data and Trainer of a configuration."""
+    gc.collect()  # those before hold each other, and data sets: a worker that is never idle would keep dozens
     config = copy.deepcopy(config)
     for name in ("derive", KEEP):
         config.pop(name, None)

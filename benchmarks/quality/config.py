@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +18,10 @@ PLAIN = "plain"
 
 class StudyError(ValueError):
     """A file of the study cannot be used; the message names it."""
+
+
+class DiskError(StudyError):
+    """A file of the study cannot be written: no use to go on."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Task:
         name: of its files.
         title: in tables.
         score: metric besides the loss.
+        higher: whether more of it is better.
         config: of LightningCLI.
         options: what is tuned for every method.
         start: the task whose plain network every run begins with.
@@ -67,6 +72,7 @@ class Task:
     config: Config = field(repr=False)
     options: dict[str, Option] = field(repr=False)
     start: Task | None = field(default=None, repr=False)
+    higher: bool = False
 
 
 @dataclass(frozen=True)
@@ -228,7 +234,7 @@ class Study:
 # ---------------------------------------------------------------------- settings
 
 
-def settings(study: Study, task: Task, variant: Variant) -> list[Setting]:
+def settings(study: Study, task: Task, variant: Variant, trials: Iterable[int] | None = None) -> list[Setting]:
     """What is tried: the task's own default, then a random search in blocks of Latin hypercubes.
 
     The random numbers of an option depend on its name, the task and the trial only: methods that share options try the
@@ -236,7 +242,7 @@ def settings(study: Study, task: Task, variant: Variant) -> list[Setting]:
     """
     space = study.methods[variant.method].space(task)
     found = []
-    for trial in range(study.trials):
+    for trial in range(study.trials) if trials is None else trials:
         setting = {name: option.at(_share(study, task, name, trial)) for name, option in space.items()}
         if trial == 0:
             setting = {name: option.default for name, option in space.items()}
@@ -245,10 +251,11 @@ def settings(study: Study, task: Task, variant: Variant) -> list[Setting]:
 
 
 RATE = "lr"
+"""Name of the option that is the learning rate."""
 
 
 def refined(tried: Sequence[tuple[Setting, float]], fixed: Setting) -> list[Setting]:
-    """Two further settings: the best one so far, with half and with twice its rate.
+    """Two further settings: the best one so far, with half and with twice its rate; none if no rate is searched.
 
     Where a rate up to that one was tried already, half-way to it on a logarithmic scale.
 
@@ -258,7 +265,7 @@ def refined(tried: Sequence[tuple[Setting, float]], fixed: Setting) -> list[Sett
     """
     best = min(tried, key=lambda pair: pair[1])[0]
     if RATE in fixed or RATE not in best:
-        return [best, best]
+        return []
     others = {name: value for name, value in best.items() if name != RATE}
     alike = (setting for setting, _ in tried if {**setting, RATE: 0} == {**others, RATE: 0})
     ratios = [setting[RATE] / best[RATE] for setting in alike]

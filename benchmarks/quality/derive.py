@@ -75,12 +75,17 @@ def evaluate(what: Any, module: pl.LightningModule, data: pl.LightningDataModule
 
 
 def training_inputs(data: pl.LightningDataModule, run: Run, trainer: pl.Trainer) -> Any:
-    """Inputs of the training set's batches, in the order of the run's seed."""
+    """Inputs of the training set's batches, as a Trainer hands them over, in the order of the run's seed."""
     pl.seed_everything(run.seed, verbose=False)
     data.prepare_data()
     data.setup("fit")
     device = trainer.strategy.root_device
-    return (batch[0].to(device) for batch in data.train_dataloader())
+
+    def ready(batch: Any) -> Any:
+        batch = data.transfer_batch_to_device(data.on_before_batch_transfer(batch, 0), device, 0)
+        return data.on_after_batch_transfer(batch, 0)
+
+    return (ready(batch)[0] for batch in data.train_dataloader())
 
 
 def begin(run: Run, place: Place, cli: BuildCLI) -> tuple[dict[str, float] | None, Spent]:

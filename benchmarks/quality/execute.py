@@ -10,6 +10,7 @@ import os
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -19,10 +20,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.quality.config import Study, StudyError
+from benchmarks.quality.config import DiskError, Study, StudyError, Task
 from benchmarks.quality.estimate import Estimate, duration
 from benchmarks.quality.place import Place
-from benchmarks.quality.plan import TEACHER, Run, Slot, hopeless, plan, score
+from benchmarks.quality.plan import FINAL, TEACHER, Run, Slot, hopeless, plan, score
 from benchmarks.quality.store import Store
 
 
@@ -51,6 +52,8 @@ def work(run: Run, place: Place, given: Mapping[str, Any]) -> dict[str, Any]:
     quiet()
     try:
         return perform(run, place, given)
+    except StudyError as error:
+        return {"key": run.key, "error": str(error), "fatal": isinstance(error, DiskError)}
     except (Exception, SystemExit):  # the study goes on with the other runs
         return {"key": run.key, "error": traceback.format_exc()}
 
@@ -80,6 +83,8 @@ class _Execution:
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self.running: dict[Future[dict[str, Any]], Slot] = {}
         self.errors: set[str] = set()
+        self.causes: Counter[tuple[str, str, str]] = Counter()
+        self.given_up: set[tuple[str, str]] = set()
 
     def go(self) -> int:
         os.environ["OMP_NUM_THREADS"] = "1"  # before any worker imports torch
@@ -96,6 +101,7 @@ class _Execution:
         ):
             bar = progress.add_task(self.study.name, total=None, left="")
             try:
+                self._check()
                 self._measure_first(pool, progress, bar)
                 self.console.print(Estimate(self.study, self.store.results).table(self.jobs))
                 self._drain(pool, progress, bar)
@@ -112,7 +118,17 @@ class _Execution:
                 raise
         if self.errors:
             self.console.print(f"{len(self.errors)} runs had errors; they are tried again when the study is started again")
-        return len(self.errors)
+        return len(self.errors) + len(self.given_up)
+
+    def _check(self) -> None:
+        """Rows that cannot be built are told before anything is trained; the others are run."""
+        if not self._open():
+            return
+        from benchmarks.quality.checks import unusable
+
+        for (task, row), problem in unusable(self.study, self.store.results, self.place).items():
+            self.given_up.add((task, row))
+            self.console.print(f"{task} {row} cannot be run: {problem}", markup=False, highlight=False)
 
     def _measure_first(self, pool: ProcessPoolExecutor, progress: Progress, bar: Any) -> None:
         """The first run of each task of which no run is finished: what the estimate is made from."""
@@ -127,7 +143,7 @@ class _Execution:
         taken = {slot.run.key for slot in self.running.values() if slot.run} | self.errors
         found: dict[str, Slot] = {}
         for slot in plan(self.study, self.store.results):
-            if slot.run is None or slot.run.key in self.store.results:
+            if slot.run is None or slot.run.key in self.store.results or (slot.task, slot.variant.name) in self.given_up:
                 continue
             for ready in self._ready(slot):
                 if ready.run is not None and ready.run.key not in taken:
@@ -152,10 +168,10 @@ class _Execution:
             self.store.read(self.study.files)  # another process may work on the same study
             late = self.deadline is not None and time.monotonic() > self.deadline
             ready = [slot for slot in self._open() if only is None or (slot.run and slot.run.key in only)]
-            for slot in ready[: 0 if late else self.jobs - len(self.running)]:
-                assert slot.run is not None
-                given = {need.key: self.store.results[need.key] for need in slot.run.needs}
-                self.running[pool.submit(work, slot.run, self.place, given)] = slot
+            elsewhere = not late and self._begin(pool, ready)
+            if elsewhere and not self.running:
+                time.sleep(1)
+                continue
             if not self.running:
                 if late and ready:
                     self.console.print("the time is up; start the study again to go on")
@@ -170,12 +186,38 @@ class _Execution:
                 del self.running[future]
             self._show(progress, bar, Estimate(self.study, self.store.results))
 
+    def _begin(self, pool: ProcessPoolExecutor, ready: list[Slot]) -> bool:
+        """Begin as many runs as there are free processes.
+
+        Returns:
+            Whether there are some that another process is at, or was until now.
+        """
+        elsewhere = False
+        for slot in ready:
+            if len(self.running) == self.jobs:
+                break
+            assert slot.run is not None
+            known = slot.run.key in self.store.results  # and its network is lost
+            if not self.store.claim(slot.run.key):
+                elsewhere = True
+                continue
+            if not known and slot.run.key in self.store.read(self.study.files).results:  # finished a moment ago
+                self.store.release(slot.run.key)
+                elsewhere = True
+                continue
+            given = {need.key: self.store.results[need.key] for need in slot.run.needs}
+            self.running[pool.submit(work, slot.run, self.place, given)] = slot
+        return elsewhere
+
     def _keep_what_runs(self) -> None:
         """The study ends: nothing that was begun is lost."""
         for future in wait(self.running).done:
             with contextlib.suppress(Exception):
                 if "error" not in (result := future.result()):
                     self.store.add(result)
+        for slot in self.running.values():
+            if slot.run is not None:
+                self.store.release(slot.run.key)
 
     def _say_what_waits(self) -> None:
         """For rows that are not part of this run or had errors, and for steps that `time` has not timed yet."""
@@ -195,19 +237,43 @@ class _Execution:
     def _finish(self, slot: Slot, result: dict[str, Any]) -> None:
         name = f"{slot.task} {slot.row} {slot.phase} {slot.index}"
         if "error" in result:
-            self.errors.add(result["key"])
-            self.console.print(f"{name}: error\n{result['error']}", markup=False, highlight=False)
+            self.store.release(result["key"])
+            self._tell(slot, name, result)
             return
         known = self.store.results.get(slot.run.key) if slot.run else None
         self.store.add(result)
+        self.store.release(result["key"])
         if known is not None:
             self._compare(name, known, result)
         task = self.study.tasks.get(slot.task)
-        if task is not None and result["status"] == "done" and f"val_{task.score}" not in result["metrics"]:
-            raise StudyError(f"task {task.name}: score is {task.score}, but there is no val_{task.score} in its metrics")
+        if task is not None and result["status"] == "done":
+            self._check_metrics(task, result)
         metrics, seconds = result["metrics"], result["cost"]["wall_seconds"]
         outcome = result["reason"] or f"val_loss {metrics['val_loss']:.4f} at epoch {metrics.get('best_epoch', 0)}"
         self.console.print(f"{name}: {outcome}, {seconds:.0f} s", markup=False, highlight=False)
+
+    def _tell(self, slot: Slot, name: str, result: dict[str, Any]) -> None:
+        """An error: of the run, or of its row if it is there for the second time, or of the whole study."""
+        if result.get("fatal"):
+            raise StudyError(result["error"])
+        self.errors.add(result["key"])
+        self.console.print(f"{name}: error\n{result['error']}", markup=False, highlight=False)
+        row = slot.task, slot.variant.name
+        cause = (*row, result["error"].strip().splitlines()[-1])
+        self.causes[cause] += 1
+        if self.causes[cause] == 2:
+            self.given_up.add(row)
+            self.console.print(f"{' '.join(row)}: the same error for the second time; its other runs are left out")
+
+    def _check_metrics(self, task: Task, result: Mapping[str, Any]) -> None:
+        """That there is what choices and tables are made from; all runs of the task would lack it."""
+        metrics, about = result["metrics"], ("val", "test") if result["phase"] == FINAL else ("val",)
+        absent = [name for part in about for name in (f"{part}_loss", f"{part}_{task.score}") if name not in metrics]
+        if absent:
+            raise StudyError(
+                f"task {task.name}: score is {task.score}, but there is no {' and no '.join(absent)} in its metrics: "
+                f"{', '.join(name for name in metrics if name.startswith(('val_', 'test_')))}"
+            )
 
     def _compare(self, name: str, known: Mapping[str, Any], again: Mapping[str, Any]) -> None:
         """A network that was lost and trained again is to be what it was; if it diverged it is not tried once more."""

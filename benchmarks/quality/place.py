@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +42,7 @@ def digests(folder: Path, path: str) -> dict[str, str]:
     """Of a file of data, or of the files right in a folder, by their paths below the data's folder."""
     whole = folder / path
     files = sorted(file for file in whole.iterdir() if file.is_file()) if whole.is_dir() else [whole]
-    return {file.relative_to(folder).as_posix(): digest(file.read_bytes()) for file in files}
+    return {Path(os.path.relpath(file, folder)).as_posix(): digest(file.read_bytes()) for file in files}
 
 
 def check_data(task: str, known: Mapping[str, str], results: Results) -> None:

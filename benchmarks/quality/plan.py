@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.quality.config import PLAIN, Setting, Study, Task, Variant, refined, resolve, settings
+from benchmarks.quality.config import PLAIN, Method, Setting, Study, Task, Variant, refined, resolve, settings
 from benchmarks.quality.keys import Config, digest, get, put
 
 PROTOCOL = 1
@@ -107,9 +107,7 @@ def make_run(
 ) -> Run:
     """A run with its key. Whatever is not there in a plain run has no part in the key, so that older keys stay."""
     split = seed if split is None else split
-    config = resolve(task, study.methods[variant.method], setting)
-    for key, value in variant.put.items():
-        put(config, key, value)
+    config = configure(task, study.methods[variant.method], setting, variant.put)
     if get(config, "data.init_args.seed") is not None:
         put(config, "data.init_args.seed", split)
     what: dict[str, Any] = {
@@ -129,6 +127,14 @@ def make_run(
     known = {name: value for name, value in more.items() if value is not None}
     content = json.dumps({**what, **known, "config": config, "protocol": PROTOCOL}, sort_keys=True)
     return Run(digest(content.encode()), config=config, order=order, teachers=teachers, start=start, put=variant.put, **what)
+
+
+def configure(task: Task, method: Method, setting: Setting, more: Config) -> Config:
+    """The configuration of LightningCLI for a run, with what its row puts into it."""
+    config = resolve(task, method, setting)
+    for key, value in more.items():
+        put(config, key, value)
+    return config
 
 
 def _start(study: Study, task: Task, seed: int) -> Run:
@@ -188,7 +194,9 @@ def trials(study: Study, task: Task, variant: Variant, results: Results | None =
     for _ in range(home.refinements):
         if not _finished(found, results or {}):
             break
-        found += runs_of(refined([(run.setting, score(results[run.key])) for run in found], tuned.fixed))
+        further = refined([(run.setting, score(results[run.key])) for run in found], tuned.fixed)
+        # as many as for all others, where there is no rate to be refined
+        found += runs_of(further or settings(home, task, tuned, range(len(found), len(found) + 2)))
     return found
 
 

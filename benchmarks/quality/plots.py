@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -79,8 +80,8 @@ def _differences(table: Table) -> Any:
     )
     for (task, pairs), (left, right) in zip(shown.items(), axes, strict=True):
         label, factor, _ = score_form(pairs[0][0].task)
-        higher_is_better = pairs[0][0].task.score == "acc"
-        metrics = ((left, "test_loss", 1.0, "test loss", False), (right, "", factor, f"test {label}", higher_is_better))
+        higher = pairs[0][0].task.higher
+        metrics = ((left, "test_loss", 1.0, "test loss", False), (right, "", factor, f"test {label}", higher))
         to = "plain" if all(row.variant.against == PLAIN for row, _ in pairs) else "its pair"
         for axis, metric, scale, title, higher in metrics:
             found = {}
@@ -186,7 +187,7 @@ def _curves(table: Table) -> Any:
             axis.plot(range(1, len(curve) + 1), curve, color=colours[title], linewidth=2 if title in KEY_COLOURS else 1)
         lowest = min(min(curve) for curve in curves.values())
         highest = max(curve[-1] for curve in curves.values())
-        axis.set_ylim(0.97 * lowest, max(1.05 * highest, 1.4 * lowest))
+        axis.set_ylim(lowest - 0.03 * abs(lowest), max(highest + 0.05 * abs(highest), lowest + 0.4 * abs(lowest)))
         axis.grid(alpha=0.3)
         axis.tick_params(labelsize="small")
         axis.set_title(f"{task}: validation loss by epoch, median over seeds", fontsize="small")
@@ -204,4 +205,6 @@ def _line(style: str, **options: Any) -> Any:
 
 def _curve(row: Row) -> list[float]:
     curves = [result["metrics"]["curve"]["val_loss"] for result in row.done.values() if "curve" in result["metrics"]]
-    return [statistics.median(values) for values in zip(*curves, strict=True)]
+    # early stopping may have ended some before others
+    by_epoch = itertools.zip_longest(*curves)
+    return [statistics.median(value for value in values if value is not None) for values in by_epoch]

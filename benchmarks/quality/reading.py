@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import yaml  # type: ignore[import-untyped]
 
 from benchmarks.quality.config import PLAIN, Method, Option, Study, StudyError, Task, Teachers, Variant
 from benchmarks.quality.keys import Config, get
-from benchmarks.quality.plan import KEEP, LAST
+from benchmarks.quality.plan import KEEP, LAST, configure
 
 HERE = Path(__file__).parent
 
@@ -31,13 +31,21 @@ def find_studies(name: str) -> list[str]:
     return found
 
 
-def read_study(name: str) -> Study:
-    """Read a study by its name or the path of its file; its tasks are sought beside it first.
+def read_study(name: str, needed_by: tuple[Path, ...] = ()) -> Study:
+    """Read a study by its name or the path of its file; its tasks and bases are sought beside it first.
+
+    Args:
+        name: of the study, or path.
+        needed_by: files of the studies that it is a base of.
 
     Raises:
         StudyError: a file is missing or says something unusable.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else HERE / "studies" / f"{name}.yaml"
+    if needed_by and (beside := needed_by[-1].parent / f"{name}.yaml").exists():
+        path = beside
+    if path in needed_by:
+        raise StudyError(f"{path}: it is a base of itself: {', '.join(other.stem for other in needed_by)}")
     document = {**DEFAULTS, **read_yaml(path)}
     check_names(path, "a study", document, {*DEFAULTS, *NEEDED}, NEEDED)
     for name, kind in {**dict.fromkeys(("tasks", "stages", "seeds", "bases"), list), "keys": dict, **NUMBERS}.items():
@@ -49,7 +57,7 @@ def read_study(name: str) -> Study:
     methods = {key: _method(key, value or {}) for key, value in read_yaml(HERE / "methods.yaml").items()}
     stages = [[_variant(path, row, methods, document["keys"]) for row in stage] for stage in document["stages"]]
     tasks = {task: read_task(task, [path.parent, HERE]) for task in document["tasks"]}
-    bases = {base: read_study(base) for base in document["bases"]}
+    bases = {base: read_study(base, (*needed_by, path)) for base in document["bases"]}
     numbers = {name: document[name] for name in NUMBERS}
     study = Study(
         path.stem, document["title"], tasks, stages, seeds=document["seeds"], methods=methods, bases=bases, **numbers
@@ -95,6 +103,7 @@ def _check_study(path: Path, study: Study) -> None:
 
 def _check_row(path: Path, study: Study, variant: Variant) -> None:
     """That the rows which a row needs are there, and are such that it can use them."""
+    _check_needs(path, study, variant)
     home, tuned = study.source(variant)
     if home.tuning_seed in study.seeds:
         raise StudyError(
@@ -106,22 +115,38 @@ def _check_row(path: Path, study: Study, variant: Variant) -> None:
         options, chosen = study.methods[variant.method].space(task), home.methods[tuned.method].space(home.tasks[name])
         check_names(path, f"{variant.name} (fixed): {variant.method}", variant.fixed, options)
         check_names(path, f"{variant.name} (scale): {tuned.method}", variant.scale, chosen)
+        setting = {**{option: known.default for option, known in chosen.items()}, **variant.fixed}
+        try:
+            configure(task, study.methods[variant.method], setting, variant.put)
+        except ValueError as error:
+            raise StudyError(f"{path}: {variant.name} on {name}: {error}") from error
     if variant.put.get(KEEP) not in (None, LAST):
         raise StudyError(
             f"{path}: {variant.name} keeps {variant.put[KEEP]!r}; it is {LAST!r}, or nothing for the best epoch"
         )
-    teachers = study.methods[variant.method].teachers
-    against = None if variant.against == PLAIN else variant.against
-    for other in (teachers.of if teachers else None, variant.steps_of, against):
-        if other is not None:
-            study.find(other)
+    if variant.against not in (*study.known, PLAIN):
+        rows = ", ".join(study.known)
+        raise StudyError(f"{path}: {variant.name} is compared (against) with {variant.against}, none of the rows {rows}")
     # both times are relative to one row's, and what is put into a configuration may change its time
     if variant.time_of is not None and (variant.put or tuned.against != study.find(variant.time_of)[1].against):
         raise StudyError(f"{path}: {variant.name} has time_of: no put, and both timed against one row, please")
 
 
+def _check_needs(path: Path, study: Study, variant: Variant, above: tuple[str, ...] = ()) -> None:
+    """That the rows which a row needs are there, and that none needs itself."""
+    name = f"{study.name}/{variant.name}"
+    if name in above:
+        raise StudyError(f"{path}: rows need each other's settings or networks: {', '.join(above[above.index(name) :])}")
+    teachers = study.methods[variant.method].teachers
+    for other in (variant.tuned, variant.steps_of, variant.time_of, teachers.of if teachers else None):
+        if other is not None:
+            _check_needs(path, *study.find(other), (*above, name))
+
+
 def _variant(path: Path, row: Any, methods: Mapping[str, Method], keys: Mapping[str, str]) -> Variant:
     """A row of a study; the study's ``keys`` are short names for beginnings of keys in ``put``."""
+    if not isinstance(row, (str, dict)):
+        raise StudyError(f"{path}: a row is a method's name or has names with values; it is {row!r}")
     row = {"method": row} if isinstance(row, str) else dict(row)
     if row.get("method") not in methods:
         raise StudyError(f"{path}: no method {row.get('method')!r}; there are {', '.join(methods)}")
@@ -132,8 +157,6 @@ def _variant(path: Path, row: Any, methods: Mapping[str, Method], keys: Mapping[
             raise StudyError(f"{path}: {part} of {name} is {row[part]!r}, no names with values")
     if not all(_is_number(factor) for factor in row.get("scale", {}).values()):
         raise StudyError(f"{path}: scale of {name} is {row['scale']!r}; factors are numbers")
-    if row.get("tuned") == name:
-        raise StudyError(f"{path}: {name} takes its setting (tuned) from itself; leave that out for trials of its own")
     values = {}
     for key, value in row.get("put", {}).items():
         first, dot, rest = key.partition(".")
@@ -141,29 +164,40 @@ def _variant(path: Path, row: Any, methods: Mapping[str, Method], keys: Mapping[
     return Variant(**{"name": row["method"], **row, "put": values})
 
 
-def read_task(name: str, folders: Sequence[Path]) -> Task:
-    """Read ``tasks/NAME.yaml`` and ``spaces/NAME.yaml`` from the first folder that has them."""
+def read_task(name: str, folders: Sequence[Path], begun_by: tuple[str, ...] = ()) -> Task:
+    """Read ``tasks/NAME.yaml`` and ``spaces/NAME.yaml`` from the first folder that has them.
+
+    Args:
+        name: of the task.
+        folders: to look into.
+        begun_by: tasks that begin with its network.
+    """
+    if name in begun_by:
+        raise StudyError(f"tasks/{name}.yaml: it begins (start) with itself: {', '.join(begun_by)}")
     folder = next((folder for folder in folders if (folder / "tasks" / f"{name}.yaml").exists()), None)
     if folder is None:
         raise StudyError(f"no task {name}: no tasks/{name}.yaml in {' or '.join(map(str, folders))}")
     config, space = read_yaml(folder / "tasks" / f"{name}.yaml"), read_yaml(folder / "spaces" / f"{name}.yaml")
     parts = ("title", "score", "options")
-    check_names(f"spaces/{name}.yaml", "a space", space, parts, parts)
+    check_names(f"spaces/{name}.yaml", "a space", space, (*parts, "higher"), parts)
+    if get(config, "trainer.max_epochs") is None:
+        raise StudyError(f"tasks/{name}.yaml: trainer.max_epochs is needed")
     start = config.pop("start", None)
+    first = None if start is None else read_task(start, folders, (*begun_by, name))
     options = {}
-    for option, row in space["options"].items():
+    for option, row in _options(f"spaces/{name}.yaml", space["options"]):
         check_names(f"spaces/{name}.yaml", f"option {option}", row, OPTION, ("key",))
         default = get(config, row["key"], row.get("default", 0.0 if option == "dropout" else None))
         if default is None:
             raise StudyError(f"spaces/{name}.yaml: option {option} needs a default, for the task has no {row['key']}")
         options[option] = _option(option, {**row, "default": default})
-    return Task(name, space["title"], space["score"], config, options, None if start is None else read_task(start, folders))
+    return Task(name, space["title"], space["score"], config, options, first, space.get("higher", space["score"] == "acc"))
 
 
 def _method(name: str, row: Mapping[str, Any]) -> Method:
     known = [item.name for item in fields(Method) if item.name != "name"]
     check_names("methods.yaml", name, row, known)
-    options = {key: _option(key, value) for key, value in row.get("options", {}).items()}
+    options = {key: _option(key, value) for key, value in _options(f"methods.yaml: {name}", row.get("options", {}))}
     return Method(
         name,
         row.get("title", name),
@@ -177,6 +211,13 @@ def _method(name: str, row: Mapping[str, Any]) -> Method:
     )
 
 
+def _options(where: str, found: Any) -> Iterable[tuple[str, Config]]:
+    """Options by name, each a mapping."""
+    if not isinstance(found, dict) or not all(isinstance(row, dict) for row in found.values()):
+        raise StudyError(f"{where}: options are names, each with key, default and one of log, uniform and choice: {found!r}")
+    return found.items()
+
+
 def _option(name: str, row: Mapping[str, Any]) -> Option:
     kind = next((kind for kind in KINDS if kind in row), None)
     check_names(f"option {name}", "it", row, OPTION)
@@ -185,6 +226,9 @@ def _option(name: str, row: Mapping[str, Any]) -> Option:
     values, default = row[kind], row["default"]
     if not isinstance(values, list) or not values:
         raise StudyError(f"option {name}: {kind} is {values!r}, no list with something in it")
+    text = [value for value in (*values, default) if isinstance(value, str) and _spells_number(value)]
+    if text:
+        raise StudyError(f"option {name}: YAML reads {text[0]} as text; write it with a point, as in 1.0e-3")
     if kind != "choice":
         numbers = len(values) == 2 and all(map(_is_number, values))
         if not (numbers and values[0] < values[1] and (kind == "uniform" or values[0] > 0)):
@@ -201,6 +245,14 @@ OPTION = (*KINDS, "default", "key", "relative")
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _spells_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def read_yaml(path: Path) -> Config:

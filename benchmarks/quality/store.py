@@ -30,6 +30,7 @@ class Store:
         self.folder = folder
         self.results: dict[str, Result] = {}
         self._told: set[Path] = set()
+        self._claims: dict[str, int] = {}
 
     def read(self, tasks: Iterable[str]) -> Store:
         """Read what there is of some tasks."""
@@ -66,6 +67,29 @@ class Store:
                 file.flush()
                 os.fsync(file.fileno())
         self.results[result["key"]] = there or result
+
+    def claim(self, key: str) -> bool:
+        """Take a run, so that no other process begins it; False if another has it. A claim ends with its process."""
+        path = self._claim(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            return False
+        self._claims[key] = file
+        return True
+
+    def release(self, key: str) -> None:
+        """Give a run back."""
+        file = self._claims.pop(key, None)
+        if file is not None:
+            self._claim(key).unlink(missing_ok=True)
+            os.close(file)
+
+    def _claim(self, key: str) -> Path:
+        return self.folder / ".running" / key
 
 
 NEEDED = {"key", "task", "method", "phase", "status", "metrics", "cost", "environment"}

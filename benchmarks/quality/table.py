@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.config import PLAIN, Setting, Study, Task, Variant
+from benchmarks.quality.config import PLAIN, RATE, Setting, Study, Task, Variant
 from benchmarks.quality.costs import spent
 from benchmarks.quality.plan import (
     KEEP,
@@ -42,9 +42,9 @@ COSTS = (
 )
 
 SUMMARY = (
-    "Difference of test loss, then of the score, to the row that a row is compared with: plain, if nothing else is said. "
-    "Scores are accuracy in points, where more is better, or perplexity."
+    "Difference of test loss, then of the score, to the row that a row is compared with: plain, if nothing else is said."
 )
+SCORES = {"acc": "accuracy in points"}
 
 
 @dataclass(frozen=True)
@@ -112,13 +112,19 @@ def rows(study: Study, task: Task, results: Results) -> dict[str, Row]:
             wanted_trials(study, variant),
             sum(not math.isfinite(score(result)) for result in tried),
             setting,
-            {seed: result for seed, result in ended.items() if result["status"] == "done"},
-            [seed for seed, result in ended.items() if result["status"] != "done"],
+            {seed: result for seed, result in ended.items() if _ended_well(task, result)},
+            [seed for seed, result in ended.items() if not _ended_well(task, result)],
             len(study.seeds),
             trials_of(study, variant),
             step_ratios(study, task, variant, results),
         )
     return found
+
+
+def _ended_well(task: Task, result: dict[str, Any]) -> bool:
+    """Whether all that a table is about are numbers: NaN and infinity are None in the files."""
+    names = ("val_loss", "test_loss", score_name(task))
+    return result["status"] == "done" and all(result["metrics"].get(name) is not None for name in names)
 
 
 def rows_by_task(study: Study, results: Results) -> dict[str, dict[str, Row]]:
@@ -155,7 +161,9 @@ def write(study: Study, results: Results, folder: Path, command: str) -> Path:
 
 def write_overview(studies: Sequence[Study], results: Results, path: Path, command: str) -> Path:
     """Write the summaries of several studies into one page, with links to their own."""
-    lines = ["# Several studies", "", f"Made by `{command}`.", "", f"{SUMMARY} Details are in each study's own page."]
+    tasks = [task for study in studies for task in study.tasks.values()]
+    about = f"{SUMMARY} {scores(tasks)} Details are in each study's own page."
+    lines = ["# Several studies", "", f"Made by `{command}`.", "", about]
     for study in studies:
         table = rows_by_task(study, results)
         lines += ["", f"## {study.title}", "", f"[{study.name}]({study.name}.md). {missing(table)}", "", *summary(table)]
@@ -172,7 +180,8 @@ def render(
     yield method_of(study)
     yield from ("", missing(table))
     if len(table) > 1:
-        yield from ("", "## All tasks", "", f"{SUMMARY} Details, costs and settings are below, by task.", "")
+        about = f"{SUMMARY} {scores(study.tasks.values())} Details, costs and settings are below, by task."
+        yield from ("", "## All tasks", "", about, "")
         yield from summary(table)
     for name, found in table.items():
         task = study.tasks[name]
@@ -184,6 +193,12 @@ def render(
         yield from _costs(found)
     for picture in pictures:
         yield from ("", f"![{Path(picture).stem}]({picture})")
+
+
+def scores(tasks: Iterable[Task]) -> str:
+    """What the scores of some tasks are."""
+    names = (SCORES.get(task.score, task.score) + (", where more is better" if task.higher else "") for task in tasks)
+    return f"Scores are {', or '.join(dict.fromkeys(names))}."
 
 
 def summary(table: dict[str, dict[str, Row]]) -> Iterator[str]:
@@ -286,7 +301,10 @@ def refinement(study: Study) -> str:
     """How trials go on from the random ones."""
     if not study.refinements:
         return ""
-    return f", {study.trials - 1} are drawn, and {2 * study.refinements} bracket the learning rate of the best so far"
+    further = f"{2 * study.refinements} bracket the learning rate of the best so far"
+    if any(RATE in row.fixed for row in study.known.values()):
+        further += " (drawn, too, where that is fixed)"
+    return f", {study.trials - 1} are drawn, and {further}"
 
 
 def missing(table: dict[str, dict[str, Row]]) -> str:

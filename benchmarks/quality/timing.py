@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from benchmarks.quality.build import build
-from benchmarks.quality.config import Study
+from benchmarks.quality.config import Study, StudyError
 from benchmarks.quality.derive import begin
 from benchmarks.quality.place import Place
 from benchmarks.quality.plan import TEACHER, TIME, Results, Run, pair, timing_key
@@ -36,6 +36,8 @@ class Clock(Callback):
     def seconds(self) -> float:
         """Median of a step, without the first ones."""
         lengths = [later - earlier for earlier, later in zip(self.moments, self.moments[1:], strict=False)]
+        if not lengths:
+            raise StudyError("an epoch of one batch has no two steps whose distance could be timed")
         return statistics.median(lengths[min(WARM_UP, len(lengths) // 2) :])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -15,13 +16,16 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import CombinedLoader
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 import lightning_sop
 from benchmarks.quality.baselines.overcomplete import collapsed_state
 from benchmarks.quality.build import bare, build
-from benchmarks.quality.config import StudyError
+from benchmarks.quality.config import DiskError, StudyError
 from benchmarks.quality.costs import COSTS, spent, total
 from benchmarks.quality.derive import begin, evaluate, untrained
 from benchmarks.quality.place import Place
@@ -66,6 +70,9 @@ class Best(Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val_")}
+        if "val_loss" not in metrics:
+            logged = ", ".join(trainer.callback_metrics) or "nothing"
+            raise StudyError(f"{type(pl_module).__name__} logs no val_loss in validation_step; it logs {logged}")
         if not math.isfinite(metrics["val_loss"]):
             raise DivergedError(f"val_loss is {metrics['val_loss']} after epoch {len(self.curve) + 1}")
         self.curve.append(metrics)
@@ -135,10 +142,10 @@ def _trained(run: Run, place: Place) -> Outcome:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         parameters["training"] += int(getattr(callback, "extra_parameters", 0))
     metrics = summary(best)
+    if result["status"] == "done" and run.phase != TUNE:
+        keep(run, place, best.state)  # before the test is read, in case that it cannot be written
     if result["status"] == "done" and run.phase == FINAL:
         metrics.update(test(run, place, best.state))
-    if result["status"] == "done" and run.phase != TUNE:
-        keep(run, place, best.state)
     costs = {
         "steps": cost.ledger.training().steps,
         "seconds": cost.seconds + prepared.seconds,
@@ -163,11 +170,19 @@ def _derived(run: Run, place: Place) -> Outcome:
 def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule, seed: int) -> None:
     """Train, with an order of the data that depends on the seed alone: dropout and noise draw from other generators."""
     pl.seed_everything(seed, verbose=False)
-    data.prepare_data()
-    data.setup("fit")
-    loader = data.train_dataloader()
-    loader.sampler.generator = loader.generator = torch.Generator().manual_seed(seed)
-    trainer.fit(module, loader, data.val_dataloader())
+    order, loaders_of = torch.Generator().manual_seed(seed), data.train_dataloader
+
+    def train_dataloader() -> Any:
+        loaders = loaders_of()
+        for loader in CombinedLoader(loaders).flattened:
+            if isinstance(loader, DataLoader):
+                loader.generator = order
+                if hasattr(loader.sampler, "generator"):
+                    loader.sampler.generator = order
+        return loaders
+
+    data.train_dataloader = train_dataloader  # type: ignore[method-assign]
+    trainer.fit(module, datamodule=data)
 
 
 def test(run: Run, place: Place, state: dict[str, Tensor]) -> dict[str, float]:
@@ -178,13 +193,23 @@ def test(run: Run, place: Place, state: dict[str, Tensor]) -> dict[str, float]:
 
 
 def keep(run: Run, place: Place, state: dict[str, Tensor]) -> None:
-    """Save the network, whole or not at all."""
+    """Save the network, whole or not at all.
+
+    Raises:
+        DiskError: it cannot be written.
+    """
     path = place.network(run.key)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    # tied weights are several names of one tensor, which this format refuses
-    save_file({name: tensor.cpu().clone().contiguous() for name, tensor in state.items()}, temporary)
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # tied weights are several names of one tensor, which this format refuses
+        save_file({name: tensor.cpu().clone().contiguous() for name, tensor in state.items()}, temporary)
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise DiskError(f"{path} cannot be written: {error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def summary(best: Best) -> dict[str, Any]:

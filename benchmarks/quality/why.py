@@ -38,7 +38,7 @@ def why(study: Study, results: Results, place: Place, folder: Path, command: str
     written = []
     for task in study.tasks.values():
         data, picture = (folder / f"why_{study.name}_{task.name}.{suffix}" for suffix in ("json", "png"))
-        known = json.loads(data.read_text())["rows"] if data.exists() else {}
+        known = read(data)["rows"] if data.exists() else {}
         document = {"study": study.name, "task": task.name, "title": task.title, "seed": study.seeds[0]}
         rows: dict[str, Any] = {}
         for variant in study.known.values():
@@ -55,9 +55,23 @@ def why(study: Study, results: Results, place: Place, folder: Path, command: str
         draw({**document, "rows": rows}, picture)
         written += [data, picture]
     page = folder / f"why_{study.name}.md"
-    measured_tasks = [json.loads(path.read_text()) for path in sorted(folder.glob(f"why_{study.name}_*.json"))]
-    page.write_text("\n".join(render(study.title, measured_tasks, command)) + "\n")
+    documents = [read(path) for path in sorted(folder.glob(f"why_{study.name}_*.json"))]
+    own = [document for document in documents if document["study"] == study.name]  # another's name may begin with this one's
+    page.write_text("\n".join(render(study.title, own, command)) + "\n")
     return [*written, page]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What was measured.
+
+    Raises:
+        StudyError: the file is damaged.
+    """
+    try:
+        document = json.loads(path.read_text())
+    except ValueError as error:
+        raise StudyError(f"{path} is damaged ({error}); restore or remove it, and its runs are measured again") from error
+    return dict(document)
 
 
 def write(path: Path, document: Mapping[str, Any]) -> None:
@@ -140,14 +154,15 @@ def middle(measured: list[dict[str, float]]) -> dict[str, float]:
 def at_equal_loss(measured: Sequence[Row], first: Sequence[Row]) -> float:
     """Median ratio of E‖g‖² to that of another run where it has the same training loss; NaN where it never has.
 
-    Between measurements logarithms are interpolated.
+    Between measurements logarithms are interpolated, or losses as they are if some are not above 0.
     """
-    known = sorted((math.log(row["loss"]), math.log(row["batch_gradient"])) for row in first)
+    scale = math.log if all(row["loss"] > 0 for row in (*first, *measured)) else float
+    known = sorted((scale(row["loss"]), math.log(row["batch_gradient"])) for row in first)
     losses, gradients = zip(*known, strict=True)
     last = measured[-1]["epoch"]
     ratios = []
     for row in measured:
-        loss = math.log(row["loss"])
+        loss = scale(row["loss"])
         if last / 4 <= row["epoch"] <= 3 * last / 4 and losses[0] <= loss <= losses[-1]:
             ratios.append(row["batch_gradient"] / math.exp(np.interp(loss, losses, gradients)))
     return statistics.median(ratios) if ratios else math.nan

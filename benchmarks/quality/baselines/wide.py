@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from benchmarks.quality.config import StudyError
 from lightning_sop.zoo import MLP
 from lightning_sop.zoo.nets import ResidualBlock
 
@@ -45,8 +46,18 @@ def hidden_units(network: nn.Module) -> Iterator[Units]:
 
 
 def widen(network: nn.Module, factor: float = 2) -> None:
-    """Multiply the number of all hidden units; their layers are drawn anew, as torch draws them."""
-    for units in list(hidden_units(network)):
+    """Multiply the number of all hidden units; their layers are drawn anew, as torch draws them.
+
+    Raises:
+        StudyError: there are none that this module knows.
+    """
+    found = list(hidden_units(network))
+    if not found:
+        raise StudyError(
+            f"{type(network).__name__} has no hidden units that can be widened: it takes perceptrons and residual blocks of "
+            "the zoo, and torch.nn.TransformerEncoderLayer"
+        )
+    for units in found:
         count = round(factor * size(network, units))
         _replace(network, units.into, outputs=count)
         if units.norm:
