@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_sop.callbacks._growing_shape import growing
 from lightning_sop.callbacks._plain_copy import plain_copy
 from lightning_sop.callbacks._probe import ProbeRecorder
-from lightning_sop.callbacks._strategies import refuse_sharding
+from lightning_sop.callbacks._strategies import refuse_other_lightning, refuse_sharding
 from lightning_sop.callbacks._terminal import show
 from lightning_sop.callbacks._training_step import call_step
 from lightning_sop.deploy.replay import Call, compare, isolated_random_state, map_tensors
@@ -37,6 +37,7 @@ def refuse_unsupported(trainer: Trainer) -> None:
         MisconfigurationException: the strategy shards parameters or trains copies of the module in processes of its own, or
             a callback keeps tensors of their shapes, or the run's growth events do not go together.
     """
+    refuse_other_lightning(trainer.lightning_module, "DeepFusionGrow")
     refuse_sharding(trainer, "DeepFusionGrow", "Use a single device or DDP.")
     if getattr(trainer.strategy.launcher, "_start_method", None) is not None:
         raise MisconfigurationException(

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning.pytorch import Callback, Trainer
+from torch import nn
 
+from lightning_sop.reparam.form import TrainingForm
 from lightning_sop.reparam.select import Rule
+from lightning_sop.reparam.tied import TiedForm
 
 #: Callbacks that read the weights during training and have to find the collapsed ones.
 _AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
@@ -21,6 +24,15 @@ def anneals(rules: Sequence[Rule]) -> bool:
     """Whether a method has to know how much of the training is done."""
     methods = [rule.method for rule in rules]
     return any(getattr(method, "anneal", 0) and getattr(method, "factor", 2) > 1 for method in methods)
+
+
+def take_out_copies(model: nn.Module | None) -> None:
+    """Take forms out of layers that were copied during the training, which no engine trains: averages, teachers."""
+    for part in [] if model is None else list(model.modules()):
+        for name, child in list(part._modules.items()):
+            form = child.form if isinstance(child, TiedForm) else child
+            if isinstance(form, TrainingForm) and not form.live:
+                del part._modules[name]
 
 
 def part_done(trainer: Trainer) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import types
 from typing import Any
 
 import lightning.pytorch as pl
@@ -72,11 +73,46 @@ def _bare_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     for wrapper in reversed(compiled):  # inner wrappers before the outer ones
         memo[id(wrapper)] = copy.deepcopy(wrapper._orig_mod, memo)
     twin = copy.deepcopy(module, memo)
+    _rebind(twin, memo)
     for parent in list(twin.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, _Gone):
                 delattr(parent, name)
     return twin
+
+
+def _rebind(twin: nn.Module, memo: dict[int, Any]) -> None:
+    """Give hooks and attributes that are lambdas or local functions the copies of what they know of the original.
+
+    A deep copy has the very same functions.
+    """
+    for part in twin.modules():
+        for holder in (part.__dict__, *(value for value in part.__dict__.values() if isinstance(value, dict))):
+            for name, value in list(holder.items()):
+                if isinstance(value, types.FunctionType):
+                    holder[name] = _with_copies(value, memo, ())
+
+
+def _with_copies(function: types.FunctionType, memo: dict[int, Any], above: tuple[int, ...]) -> types.FunctionType:
+    """A function with copies in its closure; itself, if there are none of what that holds."""
+    cells = []
+    for cell in function.__closure__ or ():
+        try:
+            known = cell.cell_contents
+        except ValueError:  # not assigned yet
+            known = None
+        found = memo.get(id(known), known)
+        if isinstance(known, types.FunctionType) and id(known) not in above:
+            found = _with_copies(known, memo, (*above, id(function)))
+        cells.append(cell if found is known else types.CellType(found))
+    if all(new is old for new, old in zip(cells, function.__closure__ or (), strict=True)):
+        return function
+    rebound = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(cells)
+    )
+    rebound.__kwdefaults__ = function.__kwdefaults__
+    rebound.__dict__.update(function.__dict__)
+    return rebound
 
 
 def _unwatch(twin: nn.Module) -> None:

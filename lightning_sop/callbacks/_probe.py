@@ -20,13 +20,15 @@ class ProbeRecorder:
         self.calls: list[Call] = []
         self.missed = ""
         self._watched: OutermostCalls | None = None
-        self._open = False
+        self._open = self._compiled = False
 
     def attach(self, root: nn.Module) -> None:
         """Listen to a module; what was recorded before is forgotten."""
         self.detach()
         self.calls, self.missed = [], ""
         self._watched = OutermostCalls([("", root), *_callable_parts(root)], self._keep)
+        # taking hooks away would make torch.compile compile again
+        self._compiled = any("_orig_mod" in part._modules or part._compiled_call_impl for part in root.modules())
 
     def detach(self) -> None:
         """Listen no longer; the calls are kept."""
@@ -39,8 +41,10 @@ class ProbeRecorder:
         self._open = not self.calls
 
     def close(self) -> None:
-        """A step ends."""
+        """A step ends; once there are calls the listening does, too: torch has no fast paths for layers with hooks."""
         self._open = False
+        if self.calls and self._watched is not None and not self._compiled:
+            self._watched.remove()
 
     def _keep(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._open and len(self.calls) < _MOST_CALLS and all(call.module != path for call in self.calls):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -14,6 +15,7 @@ from lightning_sop.callbacks import _deploy_links as links
 from lightning_sop.callbacks._deploy_job import Export, WriteJob, proven_content
 from lightning_sop.callbacks._deploy_table import deploy_table
 from lightning_sop.callbacks._probe import ProbeRecorder
+from lightning_sop.callbacks._strategies import refuse_other_lightning
 from lightning_sop.callbacks._terminal import show
 from lightning_sop.callbacks._wandb_artifacts import job_of, upload_remaining
 from lightning_sop.callbacks._wandb_runs import wandb_loggers
@@ -28,6 +30,10 @@ Only = Literal["all", "best", "last"]
 OnMismatch = Literal["raise", "warn"]
 
 _TEMPORARY = (".lr_find_", ".scale_batch_size_")  # what the tuners save and remove again
+_ANOTHER_TRAINER = (
+    "CollapseOnSave has been set up by another Trainer since, and makes deploy files for that one only. To have them for "
+    "what an earlier Trainer saves later, give each a callback of its own."
+)
 _SHARDED = {"FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy", "XLAStrategy", "SingleDeviceXLAStrategy"}
 
 
@@ -96,11 +102,12 @@ class CollapseOnSave(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
+            refuse_other_lightning(pl_module, "CollapseOnSave")
             self._check(trainer)
         if trainer is not self._trainer:
             # Files of another run are not ours to remove.
             self._trainer, self._written, self._earlier, self._links = trainer, {}, set(), set()
-        install(trainer.strategy, self)
+        install(trainer.strategy, _Writer(self, trainer))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
@@ -242,3 +249,32 @@ class CollapseOnSave(Callback):
         if self.only == "best":
             return links.is_best(self._trainer, path)
         return self.only == "all" or links.is_last(self._trainer, path) or links.may_become_last(self._trainer, path)
+
+
+class _Writer:
+    """A callback as the writer of one Trainer's strategy; equal to any other one of the callback.
+
+    Args:
+        callback: that prepares the files.
+        trainer: that saves; None after unpickling, until ``setup`` puts another writer in the place of this one.
+    """
+
+    def __init__(self, callback: CollapseOnSave, trainer: pl.Trainer | None = None) -> None:
+        self.callback = callback
+        self._trainer = None if trainer is None else weakref.ref(trainer)
+        self.remove, self.sync = callback.remove, callback.sync
+
+    def prepare(self, checkpoint: dict[str, Any], path: str) -> Callable[[], object] | None:
+        """Nothing for a Trainer whose callback is another one's by now: module, calls and kernels are that one's."""
+        if self._trainer is None or self._trainer() is not self.callback._trainer:
+            warnings.warn(f"{_ANOTHER_TRAINER} None is written beside {path}.", stacklevel=2)
+            return None
+        return self.callback.prepare(checkpoint, path)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Writer) and self.callback is other.callback
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Writer, (self.callback,)

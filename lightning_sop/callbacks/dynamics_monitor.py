@@ -18,7 +18,7 @@ from lightning_sop.callbacks._monitor_loggers import Media, Outlets
 from lightning_sop.callbacks._monitor_losses import Losses
 from lightning_sop.callbacks._monitor_measure import Measurement
 from lightning_sop.callbacks._monitor_names import MOST_LAYERS, Album, numbers_of, rows_of
-from lightning_sop.callbacks._strategies import refuse_sharding
+from lightning_sop.callbacks._strategies import refuse_other_lightning, refuse_sharding
 from lightning_sop.callbacks._wandb_runs import describe_run
 from lightning_sop.dynamics.quantities import MONITOR, TABLE, matching
 from lightning_sop.dynamics.quantity import LARGEST
@@ -110,6 +110,7 @@ class DynamicsMonitor(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Nothing of an earlier run."""
         if stage == "fit":
+            refuse_other_lightning(pl_module, "DynamicsMonitor")
             self._leave()
             self._forget()
 

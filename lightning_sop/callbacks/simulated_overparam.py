@@ -13,10 +13,10 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_sop.callbacks._overparam_run import anneals, averages, part_done
+from lightning_sop.callbacks._overparam_run import anneals, averages, part_done, take_out_copies
 from lightning_sop.callbacks._patches import Patch
 from lightning_sop.callbacks._plain_copy import without_forms
-from lightning_sop.callbacks._strategies import refuse_sharding
+from lightning_sop.callbacks._strategies import refuse_other_lightning, refuse_sharding
 from lightning_sop.callbacks._terminal import LateBar, show
 from lightning_sop.callbacks._wandb_runs import describe_run
 from lightning_sop.callbacks.batchnorm import BatchNormReestimation
@@ -115,6 +115,7 @@ class SimulatedOverparam(Callback):
         """Attach the training forms, as soon as the layers exist and before weights are loaded."""
         if stage != "fit":
             return
+        refuse_other_lightning(pl_module, "SimulatedOverparam")
         refuse_sharding(trainer, "SimulatedOverparam", "Use a single device or DDP, or leave the callback out.")
         self._precede_averaging(trainer)
         # Layers may be made in the module's own hooks, which run after this one: then follow on the last of them.
@@ -174,6 +175,7 @@ class SimulatedOverparam(Callback):
         self._take_out_patches()
         if self.engine is not None and self.engine.attached:
             self.engine.detach()
+            take_out_copies(self._model)
         self.batchnorm.detach()
 
     # ------------------------------------------------------------------ training
@@ -217,6 +219,7 @@ class SimulatedOverparam(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collapsed weights between epochs, for whoever reads or writes them there."""
+        self._running().check_layers(pl_module)
         self._reestimate(trainer, pl_module)
         self._running().mean_in()
 
@@ -242,6 +245,8 @@ class SimulatedOverparam(Callback):
             checkpoint.get("callbacks", {}).pop(self.state_key, None)
             rank_zero_warn(_ANOTHER_MODEL)
             return
+        if self.engine is not None:
+            self.engine.check_layers(pl_module)
         self._reestimate(trainer, pl_module)
 
     def _reestimate(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_sop.callbacks._batch_cost import BatchCost, elements, shapes_of
 from lightning_sop.callbacks._cost_table import conclusion, summary
 from lightning_sop.callbacks._growing_shape import growing
+from lightning_sop.callbacks._strategies import refuse_other_lightning
 from lightning_sop.callbacks._terminal import show
 from lightning_sop.callbacks._wandb_runs import describe_run
 from lightning_sop.dynamics.cost import GROWTH, VALIDATION, Clock, Ledger, Phase, stage_name
@@ -94,6 +95,7 @@ class TrainingCost(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Another network is another count."""
         if stage == "fit":
+            refuse_other_lightning(pl_module, "TrainingCost")
             if self._network is not None and self._network() is not pl_module:
                 self._begin()
             self._network = weakref.ref(pl_module)

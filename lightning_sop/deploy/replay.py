@@ -69,12 +69,24 @@ def record(module: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call |
 
 
 def few_samples(call: Call) -> Call | None:
-    """The call with a few samples of its batch, if every tensor has the same first dimension and that is larger."""
+    """The call with a few samples of its batch, if every tensor has the same first dimension and that is larger.
+
+    None where integers may be positions in the batch: one that is out of range is no error to go on from on a GPU.
+    """
     tensors = list(tensors_in((call.args, call.kwargs)))
     batches = {tensor.shape[0] if tensor.dim() else 0 for tensor in tensors}
     if len(batches) != 1 or max(batches) <= SAMPLES:
         return None
+    if any(_may_be_positions(tensor) for tensor in tensors):
+        return None
     return _mapped(lambda tensor: tensor.detach()[:SAMPLES], call)
+
+
+def _may_be_positions(tensor: Tensor) -> bool:
+    """Whether integers are all below the number of samples, and some of them would be out of range among a few."""
+    if tensor.is_floating_point() or tensor.is_complex() or not tensor.numel():
+        return False
+    return SAMPLES <= int(tensor.max()) < len(tensor)
 
 
 def replay(module: nn.Module, call: Call) -> list[Tensor]:

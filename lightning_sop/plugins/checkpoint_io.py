@@ -98,8 +98,9 @@ def install(strategy: Strategy, writer: DeployWriter) -> None:
     io = strategy.checkpoint_io
     if not isinstance(io, DeployCheckpointIO):
         io = strategy.checkpoint_io = DeployCheckpointIO(io)
-    if writer not in io.writers:
-        io.writers.append(writer)
+    if writer in io.writers:
+        io.writers.remove(writer)  # an equal one, of what was before a process was spawned
+    io.writers.append(writer)
 
 
 class _AfterSave(CheckpointIO):

@@ -194,6 +194,13 @@ class Engine:
             _ = lost[0].parameter  # raises, by name
         return held
 
+    def check_layers(self, model: nn.Module) -> None:
+        """Raise, by name, where a layer whose weight is trained here is no longer in the model."""
+        inside = {id(part) for part in model.modules()} if self.attached and self._cycles else set()
+        for form in self.forms.values() if inside else ():
+            if id(form._owner) not in inside:
+                raise form.lost("is no longer in the model, which has another layer there")
+
     def cycle_of(self, optimizer: Optimizer) -> StepCycle:
         """The step cycle on this optimizer, made at first sight."""
         cycle = self._known(optimizer)

@@ -63,12 +63,15 @@ class TrainingForm(nn.Module):
         weight = self.parameter_or_none
         if weight is None or weight.shape != self.site.shape:
             shape = None if weight is None else tuple(weight.shape)
-            what = "is no longer a parameter of its layer" if shape is None else f"has become of shape {shape}"
-            raise RuntimeError(
-                f"{self.site.name} {what}: it was pruned, parametrized, deleted or replaced after SimulatedOverparam was "
-                f"attached. Do that before training starts, or exclude '{self.site.name}'."
-            )
+            raise self.lost("is no longer a parameter of its layer" if shape is None else f"has become of shape {shape}")
         return weight
+
+    def lost(self, what: str) -> RuntimeError:
+        """The error for a weight that this form cannot train any more."""
+        return RuntimeError(
+            f"{self.site.name} {what}: it was pruned, parametrized, deleted or replaced after SimulatedOverparam was "
+            f"attached. Do that before training starts, or exclude '{self.site.name}'."
+        )
 
     @property
     def parameter_or_none(self) -> nn.Parameter | None:

@@ -10,11 +10,15 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_sop import CollapseOnSave, MajorityKernels, SimulatedOverparam
+from lightning_sop import CollapseOnSave, DynamicsMonitor, MajorityKernels, SimulatedOverparam, TrainingCost
+from lightning_sop.callbacks._plain_copy import plain_copy
+from lightning_sop.deploy import read
 from tests.callbacks.helpers import Classifier, InSetup, fit, network, overparam, same_tensors, seeded, trainer
 
 # Lightning's advice to resume with the same callbacks, which is what some of these tests do not do.
@@ -362,3 +366,114 @@ def test_torchscript_takes_the_layers(tmp_path: Path, build: Any) -> None:
     loaded, inputs = torch.jit.load(tmp_path / "net.pt"), torch.randn(3, 10)
     assert torch.equal(loaded(inputs), model.net.eval()(inputs))
     assert len(answers) == 7 and all(answers)
+
+
+# ---------------------------------------------------------------------- copies on which something is measured
+
+
+class InClosures(Classifier):
+    """Calls its network through a lambda, and collects activations in a hook that knows the module."""
+
+    def __init__(self) -> None:
+        super().__init__(dropout=0.0)
+        self.activations: list[Tensor] = []
+        self.answer = lambda inputs: self.net(inputs)
+        self.net[2].register_forward_hook(lambda module, args, output: self.activations.append(output))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.answer(inputs)
+
+    def on_validation_end(self) -> None:
+        self.activations.clear()
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        seen = [activation.abs().mean() for activation in self.activations]
+        self.activations.clear()
+        return loss + 0.1 * torch.stack(seen).sum()
+
+
+@pytest.mark.parametrize(
+    "measuring",
+    [
+        lambda: TrainingCost(verbose=False),
+        lambda: CollapseOnSave(verbose=False),
+        lambda: DynamicsMonitor(every=1, slow=1),
+    ],
+)
+def test_functions_that_know_the_module_lead_a_copy_to_itself(tmp_path: Path, measuring: Any) -> None:
+    plain, measured = seeded(InClosures), seeded(InClosures)
+    fit(plain, tmp_path / "plain", far(), ModelCheckpoint(tmp_path, filename="p", every_n_train_steps=1, save_top_k=-1))
+    saving = ModelCheckpoint(tmp_path, filename="x", every_n_train_steps=1)
+    run = fit(measured, tmp_path / "own", far(), measuring(), saving, logger=CSVLogger(tmp_path))
+    callback = run.callbacks[1]  # type: ignore[attr-defined]
+    assert measured.losses == plain.losses
+    assert same_tensors(measured.state_dict(), plain.state_dict())  # the statistics of BatchNorm, too
+    if isinstance(callback, TrainingCost):
+        assert callback.flops > 0
+    for path in tmp_path.glob("x*.deploy.ckpt"):
+        assert read(path).receipt["output_difference"] < 1e-5
+
+
+def test_a_copied_function_has_its_own_closure_defaults_and_attributes() -> None:
+    module = seeded(Classifier)
+
+    def inner(inputs: Tensor) -> Tensor:
+        return module.net(inputs)
+
+    def outer(inputs: Tensor, *, factor: float = 2.0) -> Tensor:
+        return factor * inner(inputs) if inputs is not None else outer(inputs)
+
+    outer.note = "mine"  # type: ignore[attr-defined]
+    module.answer = outer
+    module.free = torch.relu  # has no closure
+    twin = plain_copy(module.eval())
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+    inputs = torch.ones(2, 10)
+    assert twin.answer(inputs).abs().sum() > 0 and module.answer(inputs).abs().sum() == 0
+    torch.testing.assert_close(twin.answer(inputs, factor=3.0), 3 * twin.net(inputs))
+    assert twin.answer.note == "mine" and twin.free is torch.relu
+
+
+# ---------------------------------------------------------------------- layers that come and go
+
+
+class Replaces(Classifier):
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            self.net[4] = nn.Linear(32, 5)
+            self.trainer.optimizers[0].add_param_group({"params": list(self.net[4].parameters())})
+
+
+def test_a_layer_that_is_replaced_while_it_is_trained_is_told(tmp_path: Path) -> None:
+    model = seeded(Replaces)
+    with pytest.raises(RuntimeError, match=r"net\.4\.weight is no longer in the model, which has another layer there"):
+        fit(model, tmp_path, far(), max_epochs=2)
+    assert not [name for name, _ in model.named_modules() if "form" in name]
+
+
+class Copies(Classifier):
+    def __init__(self, moment: str) -> None:
+        super().__init__()
+        setattr(self, moment, self.copy_network)
+
+    def copy_network(self) -> None:
+        self.average = copy.deepcopy(self.net).requires_grad_(False)
+
+
+@pytest.mark.parametrize("moment", ["on_fit_start", "on_train_start", "on_train_epoch_end"])
+def test_copies_of_layers_that_the_module_makes_are_plain_after_the_fit(tmp_path: Path, moment: str) -> None:
+    model = Copies(moment)
+    fit(model, tmp_path, far())
+    assert all(type(part).__module__.startswith("torch.") for part in model.average.modules())
+    assert all(type(part).__module__.startswith("torch.") for part in model.net.modules())
+
+
+@pytest.mark.parametrize(
+    "callback", [far(), CollapseOnSave(verbose=False), TrainingCost(verbose=False), DynamicsMonitor()], ids=type
+)
+def test_modules_of_another_lightning_are_refused_by_name(tmp_path: Path, callback: pl.Callback) -> None:
+    with pytest.raises(MisconfigurationException, match=f"{type(callback).__name__} is for .* Linear is none"):
+        callback.setup(trainer(tmp_path, callback), nn.Linear(2, 2), "fit")  # type: ignore[arg-type]

@@ -73,6 +73,48 @@ def test_saving_after_fit_when_the_training_forms_are_gone(tmp_path):
     assert torch.equal(read(tmp_path / "x.deploy.ckpt").state_dict["head.weight"], net.head.weight)
 
 
+def test_what_a_trainer_saves_whose_callback_is_another_ones_by_now_has_no_deploy_file(tmp_path):
+    callbacks = [CollapseOnSave(verbose=False)]
+    runs = [trainer(tmp_path, *callbacks, enable_checkpointing=False) for _ in range(2)]
+    for run, width in zip(runs, (6, 9), strict=True):
+        run.fit(Toy(width), data())
+    with pytest.warns(UserWarning, match=r"set up by another Trainer since.*None is written beside .*first.ckpt"):
+        runs[0].save_checkpoint(tmp_path / "first.ckpt")
+    runs[1].save_checkpoint(tmp_path / "second.ckpt")
+    assert [path.name for path in tmp_path.glob("*.deploy.ckpt")] == ["second.deploy.ckpt"]
+    assert (tmp_path / "first.ckpt").exists()
+
+
+class Encoders(Toy):
+    """Its step calls transformers' layers, for which torch has a fast path in evaluation, if nothing hooks them."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.TransformerEncoderLayer(4, 2, 8, batch_first=True) for _ in range(2)])
+
+    def forward(self, x):
+        x = x[:, None]
+        for layer in self.layers:
+            x = layer(x)
+        return super().forward(x[:, 0])
+
+
+def test_fast_paths_of_torch_are_taken_as_without_the_callback(tmp_path, monkeypatch):
+    taken = []
+    fast = torch._transformer_encoder_layer_fwd
+    monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", lambda *args: (taken.append(0), fast(*args))[1])
+    counts = []
+    for callbacks in ([], [CollapseOnSave(verbose=False)]):
+        taken.clear()
+        torch.manual_seed(0)
+        trainer(tmp_path, *callbacks, ModelCheckpoint(tmp_path), num_sanity_val_steps=0, max_epochs=1).fit(
+            Encoders(), data(), data()
+        )
+        counts.append(len(taken))
+    assert counts[0] > 0
+    assert counts[1] >= counts[0]  # the proof's calls take it, too
+
+
 @pytest.mark.parametrize("averaging", [EMAWeightAveraging(decay=0.5), StochasticWeightAveraging(1e-2, 1)], ids=type)
 def test_averaging_and_simulated_overparam(tmp_path, averaging):
     callbacks = [overparam(), averaging, CollapseOnSave(), ModelCheckpoint(tmp_path, filename="x")]

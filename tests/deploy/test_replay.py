@@ -28,6 +28,13 @@ def test_a_batch_can_be_cut_to_a_few_samples():
     assert few_samples(call).shapes == [[4, 3], [4]]
 
 
+def test_batches_with_positions_in_them_are_not_cut():
+    inputs = torch.randn(12, 4)
+    for last, cut in ((11, False), (4, False), (3, True), (12, True), (50_000, True)):  # a vocabulary is larger
+        call = Call("", (inputs, torch.tensor([0] * 11 + [last])), {})
+        assert (few_samples(call) is not None) == cut
+
+
 def test_inputs_whose_first_dimensions_differ_are_kept_whole():
     assert few_samples(record("", (torch.randn(32, 3), torch.ones(2, 99)), {})) is None
 
