@@ -104,6 +104,7 @@ def rows(study: Study, task: Task, results: Results) -> dict[str, Row]:
         tried = [results[run.key] for run in trials(study, task, variant, results) if run.key in results]
         setting, last = chosen(study, task, variant, results), finals(study, task, variant, results) or {}
         ended = {seed: results[run.key] for seed, run in last.items() if run.key in results}
+        done = {seed: result for seed, result in ended.items() if _ended_well(task, result)}
         found[variant.name] = Row(
             variant,
             task,
@@ -112,8 +113,8 @@ def rows(study: Study, task: Task, results: Results) -> dict[str, Row]:
             wanted_trials(study, variant),
             sum(not math.isfinite(score(result)) for result in tried),
             setting,
-            {seed: result for seed, result in ended.items() if _ended_well(task, result)},
-            [seed for seed, result in ended.items() if not _ended_well(task, result)],
+            done,
+            [seed for seed in ended if seed not in done],
             len(study.seeds),
             trials_of(study, variant),
             step_ratios(study, task, variant, results),

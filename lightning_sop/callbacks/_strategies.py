@@ -5,7 +5,7 @@ from __future__ import annotations
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 
-_SHARDING = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy", "XLAStrategy", "SingleDeviceXLAStrategy")
+SHARDING = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy", "XLAStrategy", "SingleDeviceXLAStrategy")
 
 
 def refuse_other_lightning(module: object, callback: str) -> None:
@@ -28,7 +28,7 @@ def refuse_sharding(trainer: Trainer, callback: str, way_out: str) -> None:
     Raises:
         MisconfigurationException: with ``callback``, the strategy and ``way_out``.
     """
-    sharding = {base.__name__ for base in type(trainer.strategy).__mro__} & set(_SHARDING)
+    sharding = {base.__name__ for base in type(trainer.strategy).__mro__} & set(SHARDING)
     if sharding:
         raise MisconfigurationException(
             f"{callback} does not work with {sharding.pop()}, which shards or owns the parameters. {way_out}"

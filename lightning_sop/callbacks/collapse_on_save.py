@@ -15,7 +15,7 @@ from lightning_sop.callbacks import _deploy_links as links
 from lightning_sop.callbacks._deploy_job import Export, WriteJob, proven_content
 from lightning_sop.callbacks._deploy_table import deploy_table
 from lightning_sop.callbacks._probe import ProbeRecorder
-from lightning_sop.callbacks._strategies import refuse_other_lightning
+from lightning_sop.callbacks._strategies import SHARDING, refuse_other_lightning
 from lightning_sop.callbacks._terminal import show
 from lightning_sop.callbacks._wandb_artifacts import job_of, upload_remaining
 from lightning_sop.callbacks._wandb_runs import wandb_loggers
@@ -34,7 +34,6 @@ _ANOTHER_TRAINER = (
     "CollapseOnSave has been set up by another Trainer since, and makes deploy files for that one only. To have them for "
     "what an earlier Trainer saves later, give each a callback of its own."
 )
-_SHARDED = {"FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy", "XLAStrategy", "SingleDeviceXLAStrategy"}
 
 
 class CollapseOnSave(Callback):
@@ -224,7 +223,7 @@ class CollapseOnSave(Callback):
     def _check(self, trainer: pl.Trainer) -> None:
         """Refuse what cannot work in this Trainer."""
         strategy = type(trainer.strategy).__name__
-        if strategy in _SHARDED:
+        if strategy in SHARDING:
             raise ValueError(f"CollapseOnSave needs the whole model in one process, which {strategy} does not offer.")
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         twins = [c for c in callbacks if isinstance(c, CollapseOnSave) and c.format == self.format]
