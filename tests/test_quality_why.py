@@ -91,6 +91,31 @@ def test_a_probe_measures_the_covariance_of_the_mixes():
     assert row["predicted_own_rates"] == pytest.approx(row["predicted"])
 
 
+def test_a_probe_has_its_batches_statistics_and_leaves_the_run_s_alone():
+    """Running statistics lag: a network that is measured with them seems to have larger gradients than it has."""
+    data = [tuple(part.float() for part in batch) for batch in batches()]
+    loader = DataLoader(TensorDataset(*(torch.cat(part) for part in zip(*data, strict=True))), 8)
+
+    def run(*callbacks):
+        torch.manual_seed(0)
+        module = Regression(lr=0.5)
+        module.layer = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 2))
+        trainer(*callbacks).fit(module, loader)
+        return module.eval(), torch.get_rng_state()
+
+    probe = Probe(data, probes=1, loss=square)
+    (module, state), (plain, expected) = run(probe), run()
+    torch.testing.assert_close(module.state_dict(), plain.state_dict(), rtol=0, atol=0)
+    assert torch.equal(state, expected)
+    first, norm, _, last = module.layer
+    hidden = [first(x).detach() for x, _ in data]
+    norm.running_mean = torch.stack([h.mean(0) for h in hidden]).mean(0)
+    norm.running_var = torch.stack([h.var(0) for h in hidden]).mean(0)
+    found = gradients(module, [first.weight, last.weight], data, square)
+    assert probe.rows[0]["batch_gradient"] == pytest.approx(found["batch_gradient"], rel=1e-4)
+    assert probe.rows[0]["loss"] == pytest.approx(found["loss"], rel=1e-5)
+
+
 def test_the_prediction_is_the_steady_state_of_sgd():
     """Noise of the batches and a quadratic: ½ tr(HC) comes to (h/4)(A - 1) E‖g‖² (papers' 1.3, 3. and 4.)."""
     torch.manual_seed(0)

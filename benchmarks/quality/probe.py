@@ -20,9 +20,11 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.swa_utils import update_bn
 
 from lightning_sop import MajorityKernels, SimulatedOverparam
 from lightning_sop.callbacks._plain_copy import plain_copy
+from lightning_sop.deploy.replay import isolated_random_state
 from lightning_sop.dynamics.kernels import predicted_amplification
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -127,7 +129,11 @@ def own_rates(optimizer: Any, weight: nn.Parameter) -> Tensor:
 
 
 class Probe(Callback):
-    """Measures at the ends of some epochs, at the collapsed weights, in evaluation mode; stands after Majority Kernels."""
+    """Measures at the ends of some epochs, at the collapsed weights, in evaluation mode; stands after Majority Kernels.
+
+    BatchNorm has the statistics of the batches that are measured on: running ones lag behind the weights at high rates, and
+    Majority Kernels has its own estimated anew, so that plain and other networks would differ by that alone.
+    """
 
     def __init__(self, batches: Sequence[Any], probes: int = PROBES, draws: int = DRAWS, loss: Loss = cross_entropy) -> None:
         self.batches, self.probes, self.draws, self.loss = batches, probes, draws, loss
@@ -152,6 +158,8 @@ class Probe(Callback):
         twin.requires_grad_(True)
         weights = [twin.get_parameter(name) for name in names]
         batches = [pl.utilities.move_data_to_device(batch, module.device) for batch in self.batches]
+        with isolated_random_state():  # of dropout
+            update_bn(batches, twin)
         optimizer = trainer.optimizers[0]
         found = gradients(twin, weights, batches, self.loss)
         squares = found.pop("squares")
