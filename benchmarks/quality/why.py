@@ -124,8 +124,7 @@ def render(title: str, documents: Sequence[Mapping[str, Any]], command: str) -> 
         " in evaluation mode (BatchNorm with their statistics); medians over the middle half of the run. E‖g‖²: of a batch,"
         " over that of the first row, at the same epochs and where that one has the same training loss. Excess: mean loss"
         " over mixes minus that of the mean kernel, by finite differences. Predicted: ¼ (A - 1) Σ hⱼ E gⱼ². A - 1 measured:"
-        " what the curvature amounts to,"
-        " 4 (½ tr(HC) + decay) / Σ hⱼ E gⱼ².",
+        " what the curvature amounts to, 4 (½ tr(HC) + decay) / Σ hⱼ E gⱼ².",
     ]
     columns = ["", "training loss", "E‖g‖²", "at equal loss"]
     columns += ["excess", "½ tr(HC)", "predicted", "A - 1 of the draw", "A - 1 measured"]

@@ -69,6 +69,21 @@ def test_compiled_lightning_module(tmp_path: Path) -> None:
     assert graphs[0] == graphs[1]
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["network", "module"])
+def test_compiled_code_sees_each_step_s_mix(whole: bool, tmp_path: Path) -> None:
+    """What the compiler keeps of the first step must not be the first step's weights."""
+    eager = seeded(Classifier, shuffle=False, dropout=0.0)
+    fit(eager, tmp_path, overparam(3, seed=1))
+    if whole:
+        compiled = torch.compile(seeded(Classifier, shuffle=False, dropout=0.0), backend="aot_eager")
+    else:
+        compiled = seeded(Compiled)
+    fit(compiled, tmp_path, overparam(3, seed=1))
+    torch.testing.assert_close(compiled.losses, eager.losses, rtol=1e-4, atol=1e-5)
+    values = [list(model.state_dict().values()) for model in (compiled, eager)]  # the compiler renames them
+    torch.testing.assert_close(*values, rtol=1e-4, atol=1e-4)
+
+
 def test_activation_checkpointing(tmp_path: Path) -> None:
     """The forward that backward repeats sees the same mix."""
 

@@ -121,20 +121,3 @@ def test_fp16_scaling_changes_nothing_but_rounding(tmp_path: Path) -> None:
 
     one, large = run(1.0), run(2.0**10)
     torch.testing.assert_close(one.losses, large.losses, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.filterwarnings("ignore")  # the compiler's own, which it would take for its own failure
-@pytest.mark.parametrize("whole", [False, True], ids=["a part", "the module"])
-def test_compiled_code_sees_each_step_s_mix(whole: bool, tmp_path: Path) -> None:
-    """What torch.compile keeps of the first step must not be the first step's weights."""
-
-    def run(compiled: bool) -> tuple[list[float], dict[str, Tensor]]:
-        model = seeded(Classifier, dropout=0.0)
-        if compiled and not whole:
-            model.net = torch.compile(model.net, backend="aot_eager")
-        fit(torch.compile(model, backend="aot_eager") if compiled and whole else model, tmp_path, overparam(FACTOR, seed=1))
-        return model.losses, {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}
-
-    (losses, state), (expected, expected_state) = run(compiled=True), run(compiled=False)
-    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(state, expected_state, rtol=1e-4, atol=1e-4)
